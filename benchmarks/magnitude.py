@@ -1,0 +1,28 @@
+"""The simplest baseline: zero the smallest weights of every Linear, once, and do nothing else."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from elsa_modifier.admm import sparse_mask
+
+__all__ = ["linear_sparsity", "prune_by_magnitude_"]
+
+
+def _pruned_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+
+
+@torch.no_grad()
+def prune_by_magnitude_(model: PreTrainedModel, sparsity: float) -> None:
+    """Zero exactly the given fraction of every Linear's weight but ``lm_head``'s, in place."""
+    for module in _pruned_linears(model):
+        weight = module.weight
+        mask = sparse_mask(weight.abs().float(), weight.numel() - round(sparsity * weight.numel()))
+        weight.masked_fill_(~mask, 0.0)
+
+
+def linear_sparsity(model: PreTrainedModel) -> float:
+    """Fraction of zeros over all Linears but ``lm_head``."""
+    weights = [module.weight for module in _pruned_linears(model)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)

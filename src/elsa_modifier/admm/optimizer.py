@@ -1,0 +1,186 @@
+"""ADMM around any torch optimizer: the proximal step on every step, the z- and u-updates on some, then a fixed mask."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
+from elsa_modifier.admm.projection import MaskStructure
+from elsa_modifier.admm.state import ADMMState
+
+__all__ = ["ADMMOptimizer", "Projection", "PrunedWeight"]
+
+Projection = Literal["fisher", "magnitude"]
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """One weight to prune.
+
+    :param name: what errors and reports call it
+    :param weight: fp32 parameter, also among the base optimizer's parameters
+    :param keep: how many entries stay
+    :param structure: the zero pattern, which must leave ``keep`` entries
+    """
+
+    name: str
+    weight: nn.Parameter
+    keep: int
+    structure: MaskStructure
+
+
+class ADMMOptimizer:
+    """Prune while training: ``min f(x)`` subject to ``x`` sparse, by ADMM (arXiv 2510.01650, algorithm 1).
+
+    Call :meth:`step` where the base optimizer's would be called, after clipping. Step ``t`` (from 0) does
+
+    1. coupled form: adds ``lam (x - z + u)`` to the gradients; then the base optimizer's step; decoupled form: then
+       ``x <- x - rho (x - z + u)``;
+    2. the z- and u-updates, after the first step and then every ``interval`` steps;
+    3. at ``freeze_step`` a last projection. From then on the mask is fixed, the penalty gone, and every weight outside
+       the mask is exactly zero after each step.
+
+    Gradients must already be averaged over data-parallel ranks; the penalty is never divided by their number.
+
+    :param base: optimizer on ``f``; a Fisher projection needs one that keeps ``exp_avg_sq`` (the Adam family)
+    :param weights: the weights to prune
+    :param penalty: schedule of ``lam`` or ``rho``
+    :param form: where the proximal step is taken, see above
+    :param free_support: see :class:`~elsa_modifier.admm.state.ADMMState`
+    :param interval: optimizer steps between z- and u-updates
+    :param projection: ``fisher`` weighs entries by the base optimizer's second moment, ``magnitude`` does not
+    :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
+    ``last_residual`` and ``last_entered`` are the primal residual just before the last projection and how many weights
+    entered a mask in it: zero-dimensional tensors on the weights' device.
+
+    :raises ValueError: for an empty list, an interval below 1, or a decoupled penalty outside [0, 1]
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        weights: Sequence[PrunedWeight],
+        *,
+        penalty: PenaltySchedule,
+        form: PenaltyForm = "decoupled",
+        free_support: bool = True,
+        interval: int = 32,
+        projection: Projection = "fisher",
+        freeze_step: int,
+    ) -> None:
+        if not weights:
+            raise ValueError("there is no weight to prune")
+        if interval < 1:
+            raise ValueError(f"interval is {interval}; allowed is 1 or more optimizer steps")
+        if form == "decoupled" and not 0 <= penalty.value <= 1:
+            raise ValueError(f"the decoupled penalty is {penalty.value}; allowed is 0 to 1, a fraction per step")
+        self.base = base
+        self.weights = list(weights)
+        self.penalty = penalty
+        self.form = form
+        self.interval = interval
+        self.projection = projection
+        self.freeze_step = freeze_step
+        self.step_count = 0
+        self.frozen = False
+        self.projection_count = 0
+        self.last_residual = self.last_entered = torch.zeros(())
+        self.states = [
+            ADMMState(w.weight.detach(), w.keep, w.structure, free_support=free_support) for w in self.weights
+        ]
+        largest = max(w.weight.numel() for w in self.weights)
+        self._scratch = torch.empty(largest + 7, device=self.weights[0].weight.device)
+        if freeze_step <= 0:
+            self._freeze()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One optimizer step and what ADMM adds to it.
+
+        :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
+        """
+        penalty = self.penalty(self.step_count)
+        if self.form == "coupled" and not self.frozen and penalty > 0:
+            for pruned, state in self._pairs():
+                if pruned.weight.grad is None:
+                    pruned.weight.grad = torch.zeros_like(pruned.weight)
+                state.add_proximal_gradient_(pruned.weight.grad, pruned.weight, penalty, self._scratch)
+        self.base.step()
+        self.step_count += 1
+        if self.frozen:
+            self._apply_masks()
+            return
+        if self.form == "decoupled" and penalty > 0:
+            for pruned, state in self._pairs():
+                state.pull_(pruned.weight, penalty, self._scratch)
+        if self.step_count >= self.freeze_step:
+            self._project()
+            self._freeze()
+        elif self.step_count % self.interval == 1 % self.interval:
+            self._project()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients of the base optimizer's parameters."""
+        self.base.zero_grad(set_to_none=True)
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Kept entries by weight name, bool."""
+        return {w.name: s.mask for w, s in self._pairs()}
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of ADMM state, over all weights (the base optimizer's moments not counted)."""
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the pruned weights' entries that the masks leave out."""
+        return 1.0 - sum(w.keep for w in self.weights) / sum(w.weight.numel() for w in self.weights)
+
+    def residual(self) -> Tensor:
+        """Relative primal residual ``||x - z|| / ||x||`` over all pruned weights: zero-dimensional fp32."""
+        sums = torch.stack([s.residual_sums(w.weight.detach(), self._scratch) for w, s in self._pairs()]).sum(dim=0)
+        return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+
+    def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
+        return list(zip(self.weights, self.states, strict=True))
+
+    def _project(self) -> None:
+        # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
+        penalty = self.penalty(self.step_count)
+        residual = self.residual()
+        entered = []
+        for pruned, state in self._pairs():
+            try:
+                entered.append(state.update(pruned.weight, penalty, self._fisher(pruned), self._scratch))
+            except ValueError as error:
+                raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
+        self.projection_count += 1
+        self.last_residual, self.last_entered = residual, torch.stack(entered).sum()
+
+    def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
+        if self.projection == "magnitude":
+            return None
+        moments = self.base.state.get(pruned.weight)
+        if not moments:
+            return None  # no gradient yet (an expert without tokens): all its Fisher entries are equally unknown
+        if "exp_avg_sq" not in moments:
+            raise ValueError(
+                f"projection is 'fisher', but {type(self.base).__name__} keeps no second moment (exp_avg_sq); "
+                "use an optimizer of the Adam family, or projection 'magnitude'"
+            )
+        return moments["exp_avg_sq"]
+
+    def _freeze(self) -> None:
+        self.frozen = True
+        self._apply_masks()
+
+    @torch.no_grad()
+    def _apply_masks(self) -> None:
+        for pruned, state in self._pairs():
+            state.apply_mask_(pruned.weight, self._scratch)

@@ -1,0 +1,32 @@
+"""Perplexity of a causal language model on held-out text."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from elsa_modifier.training.objective import count_targets, next_token_loss
+
+__all__ = ["perplexity"]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, input_ids: Tensor, *, batch_size: int = 4, autocast: bool = True) -> float:
+    """``exp`` of the mean next-token cross-entropy, each sequence on its own.
+
+    :param input_ids: (sequences, length) token ids without padding
+    :param batch_size: sequences a forward pass
+    :param autocast: run the forward pass in bf16 autocast
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for rows in input_ids.long().to(device).split(batch_size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                total += float(next_token_loss(model, {"input_ids": rows, "labels": rows}))
+            count += count_targets(rows)
+    finally:
+        model.train(was_training)
+    return math.exp(min(total / count, 700.0))

@@ -1,0 +1,337 @@
+"""ELSAModifier: the recipe's fields, their validation, and the lifecycle. The method is in ``admm``, the run in ``training``."""
+
+import json
+import os
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from elsa_modifier.admm.bitmask import pack_bits, unpack_bits
+from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
+from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
+from elsa_modifier.admm.projection import parse_mask_structure
+from elsa_modifier.targets import Target, find_targets
+from elsa_modifier.training.data import batches_from_calibration
+from elsa_modifier.training.loop import Precision, StepRecord, train
+from elsa_modifier.training.model_state import trainable
+
+__all__ = ["ELSAModifier", "Penalty"]
+
+HISTORY_FILE = "elsa_history.json"
+
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class Penalty(BaseModel):
+    """What holds the weights to their sparse copy.
+
+    :param value: final penalty. Decoupled: ``rho``, the fraction of the gap closed in every step, 0 to 1.
+        Coupled: ``lam`` of the paper, any non-negative number
+    :param schedule: ``constant``, or growing to ``value`` until the mask is fixed: ``linear`` or ``cosine`` from 0,
+        ``exponential`` from a thousandth of it
+    :param form: ``decoupled`` takes the proximal step after the optimizer's, like decoupled weight decay;
+        ``coupled`` adds its gradient to the loss gradient, as published
+    :param free_support: let kept weights move freely, so that only pruned ones feel the penalty
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: float = Field(0.3, ge=0, allow_inf_nan=False)
+    schedule: ScheduleName = "cosine"
+    form: PenaltyForm = "decoupled"
+    free_support: bool = True
+
+    @model_validator(mode="after")
+    def _fits_its_form(self) -> "Penalty":
+        if self.form == "decoupled" and self.value > 1:
+            raise ValueError(f"penalty.value is {self.value}; the decoupled form allows 0 to 1, a fraction per step")
+        if self.form == "coupled" and "value" not in self.model_fields_set:
+            raise ValueError("penalty.value is not set; the coupled form has no default that fits every model (try 1e-3)")
+        return self
+
+
+class ELSAModifier(Modifier):
+    """
+    Prune a causal language model to extreme sparsity by ADMM on its next-token loss (ELSA, arXiv 2510.01650).
+
+    Solves ``min f(x)`` subject to ``x`` sparse over the whole model: training with a penalty that pulls the weights
+    towards a sparse copy of themselves, whose support is chosen anew from time to time, and that is at last fixed.
+    Embeddings, norms and ``lm_head`` are trained along and stay dense.
+
+    Sample yaml:
+
+    ```yaml
+    prune_stage:
+      prune_modifiers:
+        ELSAModifier:
+          sparsity: 0.9
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the weights to prune; refuse what cannot work before anything is changed
+    - on_calibration_start
+        - train: loss, clipping, optimizer, proximal step, z- and u-updates; then with the mask fixed
+    - on_finalize
+        - put every zero back that a later modifier lost, and count
+        - have ``save_pretrained`` write the history (``elsa_history.json``) beside the model
+
+    :param sparsity: fraction of zeros in every target, 0 <= sparsity < 1; or a mapping of name patterns (``re:`` as in
+        ``targets``) to such fractions, of which the first that matches decides. Not needed for an ``N:M`` structure
+    :param mask_structure: ``unstructured``, or ``N:M``: N zeros in every M weights along the input dimension
+    :param targets: modules to prune: names, classes, or ``re:`` patterns
+    :param ignore: modules of those that stay dense
+    :param steps: optimizer steps
+    :param batch_size: sequences in a forward pass; a DataLoader of your own brings its own
+    :param gradient_accumulation_steps: forward passes in an optimizer step
+    :param sequence_length: tokens in a sequence; at most what the model's positions allow
+    :param lr: peak learning rate; None chooses one from the sparsity
+    :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up
+    :param warmup_steps: optimizer steps over which the learning rate rises from 0
+    :param betas: Adam's two decay rates
+    :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
+    :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01)
+    :param interval: optimizer steps between z- and u-updates
+    :param penalty: see :class:`Penalty`
+    :param projection: ``fisher`` keeps the weights with the largest ``F x^2``, ``magnitude`` with the largest ``|x|``
+    :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
+        accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
+    :param seed: of the order of the data and of dropout
+    :param precision: ``bf16`` (fp32 weights, bf16 autocast) or ``fp32``
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    sparsity: float | dict[str, float] | None = None
+    mask_structure: str = "unstructured"
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    steps: int = Field(4096, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    sequence_length: int = Field(2048, ge=2)
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
+    max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
+    optimizer: Literal["adam", "adamw"] = "adam"
+    interval: int = Field(32, ge=1)
+    penalty: Penalty = Field(default_factory=Penalty)
+    projection: Projection = "fisher"
+    finalize_at: float = Field(0.8, ge=0, le=1, validation_alias=AliasChoices("finalize", "finalize_at"))
+    seed: int = Field(0, ge=0)
+    precision: Precision = "bf16"
+
+    _history: list[StepRecord] = PrivateAttr(default_factory=list)
+    _masks: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _are_decay_rates(cls, value: list[float]) -> list[float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas is {value}; allowed are two numbers from 0 up to, not including, 1")
+        return value
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ELSAModifier":
+        structure = parse_mask_structure(self.mask_structure)
+        fractions = self.sparsity if isinstance(self.sparsity, dict) else {"": self.sparsity}
+        for pattern, fraction in fractions.items():
+            where = f"sparsity[{pattern!r}]" if pattern else "sparsity"
+            if fraction is not None and not 0 <= fraction < 1:
+                raise ValueError(f"{where} is {fraction}; allowed is 0 up to, not including, 1: the fraction of zeros")
+        if structure.is_unstructured and not self.sparsity and self.sparsity != 0.0:
+            raise ValueError("sparsity is not set; give the fraction of zeros, for example 0.9, or an N:M mask_structure")
+        if not structure.is_unstructured and self.sparsity is not None and self.sparsity != structure.sparsity:
+            raise ValueError(
+                f"sparsity is {self.sparsity}, but mask_structure {structure} always has {structure.sparsity}; leave "
+                "sparsity out"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; allowed is less than steps, {self.steps}")
+        return self
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """One record an optimizer step, in order."""
+        return self._history
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """After training: kept entries of each pruned module's weight, bool, by module name, on the CPU."""
+        return {name: unpack_bits(bits, torch.Size(shape)) for name, (bits, shape) in self._masks.items()}
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check model, data and recipe against each other, before the first step of any modifier.
+
+        :raises ValueError: if the run cannot work; the message says which field to change
+        """
+        targets = self._find_targets(state.model)
+        if self._calibration_loader(state) is None:
+            raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
+        quantized = next((t.name for t in targets if hasattr(t.module, "quantization_scheme")), None)
+        if quantized is not None:
+            raise ValueError(
+                f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, so "
+                "put ELSAModifier first in the recipe"
+            )
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Train, and leave the pruned weights in the model.
+
+        :raises TrainingDiverged: at the first loss that is not finite
+        """
+        model: PreTrainedModel = state.model
+        accelerator = Accelerator()
+        batches = batches_from_calibration(
+            self._calibration_loader(state),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            length=self._usable_sequence_length(model),
+            separator=_first_token(model.config.get_text_config().eos_token_id),
+            seed=self.seed,
+        )
+        with trainable(model, accelerator.device), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            targets = self._find_targets(model)
+            optimizer = self._build_optimizer(model, targets)
+            scheduler = get_scheduler(
+                _SCHEDULERS[self.lr_schedule],
+                optimizer.base,
+                num_warmup_steps=self.warmup_steps,
+                num_training_steps=self.steps,
+            )
+            train(
+                model,
+                optimizer,
+                scheduler,
+                batches,
+                steps=self.steps,
+                max_grad_norm=self.max_grad_norm,
+                precision=self.precision,
+                accelerator=accelerator,
+                history=self._history,
+            )
+            for target, mask in zip(targets, optimizer.masks.values(), strict=True):
+                self._masks[target.name] = (pack_bits(mask).cpu(), tuple(mask.shape))
+                # Training leaves -0.0 in places; a pruned weight is +0.0.
+                target.module.weight.data.masked_fill_(~mask, 0.0)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Put back every zero that a later modifier lost, and have the history saved with the model.
+
+        :raises RuntimeError: if a pruned weight is still not zero
+        """
+        if not self._masks:
+            raise RuntimeError("ELSAModifier has not trained: its calibration never started")
+        modules = dict(state.model.named_modules())
+        pruned = lost = 0
+        for name, mask in self.masks.items():
+            module = modules[name]
+            outside = ~mask.to(get_execution_device(module))
+            weight = module.weight.detach()
+            returned = int((weight[outside] != 0).sum())
+            pruned += int(outside.sum())
+            lost += returned
+            if returned:
+                update_offload_parameter(module, "weight", weight.masked_fill(outside, 0.0))
+                still = int((module.weight.detach()[outside] != 0).sum())
+                if still:
+                    raise RuntimeError(f"{still} pruned weights of {name} are not zero and cannot be set to zero")
+        message = f"ELSA: {pruned:,} pruned weights; zero before {pruned - lost:,}, after {pruned:,}"
+        if lost:
+            logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
+        else:
+            logger.info(message)
+        self._write_history_on_save(state.model)
+        return True
+
+    def _find_targets(self, model: PreTrainedModel) -> list[Target]:
+        structure = parse_mask_structure(self.mask_structure)
+        sparsity = structure.sparsity if self.sparsity is None else self.sparsity
+        assert sparsity is not None
+        return find_targets(
+            model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure
+        )
+
+    def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
+        structure = parse_mask_structure(self.mask_structure)
+        weights = [PrunedWeight(t.name, t.module.weight, t.keep, structure) for t in targets]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        base = _OPTIMIZERS[self.optimizer](
+            parameters,
+            lr=self.lr or default_learning_rate(weights),
+            betas=tuple(self.betas),
+            fused=parameters[0].device.type in ("cpu", "cuda"),
+        )
+        freeze_step = round(self.finalize_at * self.steps)
+        return ADMMOptimizer(
+            base,
+            weights,
+            penalty=PenaltySchedule(self.penalty.value, self.penalty.schedule, freeze_step),
+            form=self.penalty.form,
+            free_support=self.penalty.free_support,
+            interval=self.interval,
+            projection=self.projection,
+            freeze_step=freeze_step,
+        )
+
+    def _usable_sequence_length(self, model: PreTrainedModel) -> int:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.sequence_length
+        if self.sequence_length > limit:
+            logger.info(f"sequence_length {self.sequence_length} is more than the model's positions; using {limit}.")
+        return min(self.sequence_length, limit)
+
+    @staticmethod
+    def _calibration_loader(state: State) -> Any:
+        return None if state.data is None else state.data.calib
+
+    def _write_history_on_save(self, model: PreTrainedModel) -> None:
+        inner = model.save_pretrained
+        content = json.dumps(
+            {
+                "modifier": {k: v for k, v in self.model_dump().items() if not k.endswith("_")},
+                "steps": [record.as_dict() for record in self._history],
+            },
+            indent=1,
+        )
+
+        @wraps(inner)
+        def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+            result = inner(save_directory, *args, **kwargs)
+            partial = Path(save_directory) / f".{HISTORY_FILE}.partial"
+            partial.write_text(content)
+            partial.replace(Path(save_directory) / HISTORY_FILE)
+            return result
+
+        model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def default_learning_rate(weights: list[PrunedWeight]) -> float:
+    """Learning rate for the sparsity of the whole: the more is pruned, the farther the kept weights have to travel."""
+    kept = sum(w.keep for w in weights) / sum(w.weight.numel() for w in weights)
+    return 5e-4 if kept < 0.35 else 2e-4
+
+
+def _first_token(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token

@@ -1,0 +1,88 @@
+"""Which weights of a model are pruned, and how sparse each becomes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils.match import is_match
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from elsa_modifier.admm.projection import MaskStructure
+
+__all__ = ["Target", "find_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module whose ``weight`` is pruned.
+
+    :param name: of the module
+    :param keep: how many of the weight's entries stay
+    """
+
+    name: str
+    module: nn.Module
+    keep: int
+
+
+def find_targets(
+    model: PreTrainedModel,
+    *,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    sparsity: float | Mapping[str, float],
+    structure: MaskStructure,
+) -> list[Target]:
+    """The modules to prune, in the model's order, each weight once.
+
+    :param targets: module names, classes, or ``re:`` patterns, as everywhere in llm-compressor
+    :param ignore: the same; these stay dense
+    :param sparsity: fraction of zeros, for all or by pattern; the first pattern that matches decides, and a target that
+        none matches stays dense
+    :raises ValueError: if nothing matches, a pattern matches nothing, or a weight does not fit the mask structure
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    by_pattern = sparsity if isinstance(sparsity, Mapping) else None
+    unmatched = set(by_pattern or ())
+    seen: set[int] = set()
+    found = []
+    for name, module in match_named_modules(model, targets, ignore):
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"targets matches {name} ({type(module).__name__}), which has no floating-point weight matrix; "
+                "name only Linear modules in targets, or list this one in ignore"
+            )
+        if id(weight) in embeddings:
+            logger.warning(f"{name} shares its weight with an embedding and stays dense.")
+            continue
+        fraction = sparsity
+        if by_pattern is not None:
+            pattern = next((p for p in by_pattern if is_match(name, module, p)), None)
+            unmatched.discard(pattern)
+            if pattern is None:
+                continue
+            fraction = by_pattern[pattern]
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        found.append(Target(name, module, _entries_to_keep(name, weight.shape, fraction, structure)))
+    if unmatched:
+        raise ValueError(f"sparsity has patterns that match no target: {sorted(unmatched)}; correct or remove them")
+    if not found:
+        raise ValueError(f"targets {list(targets)} without ignore {list(ignore)} match no module of the model")
+    return found
+
+
+def _entries_to_keep(name: str, shape: Sequence[int], sparsity: float, structure: MaskStructure) -> int:
+    rows, columns = shape
+    if structure.is_unstructured:
+        return rows * columns - round(sparsity * rows * columns)
+    if columns % structure.group:
+        raise ValueError(
+            f"mask_structure {structure} needs input dimensions divisible by {structure.group}, but {name} has "
+            f"{columns}; list it in ignore, or use another structure"
+        )
+    return rows * columns // structure.group * (structure.group - structure.zeroed)

@@ -1,0 +1,173 @@
+"""From llm-compressor's calibration DataLoader to training batches of full sequences."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from llmcompressor.datasets.utils import DataCollatorWithTruncation
+from loguru import logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+
+__all__ = ["IGNORED_LABEL", "BatchSource", "LoaderBatches", "PackedBatches", "batches_from_calibration", "pack_documents"]
+
+IGNORED_LABEL = -100
+
+
+class BatchSource(Protocol):
+    """What the training loop reads."""
+
+    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        """The micro-batches of an optimizer step: model inputs and ``labels``, int64, (batch, length) each."""
+
+
+class PackedBatches:
+    """An endless cycle over equally long sequences, whose order is a function of the seed and the step alone.
+
+    Every epoch visits each sequence once, in an order of its own.
+
+    :param input_ids: (sequences, length) token ids
+    :param labels: the same shape; ``IGNORED_LABEL`` where a token is not to be predicted
+    :param batch_size: sequences a micro-batch
+    :param accumulation: micro-batches a step
+    """
+
+    def __init__(self, input_ids: Tensor, labels: Tensor, *, batch_size: int, accumulation: int, seed: int) -> None:
+        self.input_ids = input_ids
+        self.labels = labels
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
+        self._epoch = -1
+
+    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        first = step * self.batch_size * self.accumulation
+        indices = [self._sequence(first + i) for i in range(self.batch_size * self.accumulation)]
+        return [
+            {"input_ids": self.input_ids[rows].long(), "labels": self.labels[rows].long()}
+            for rows in torch.tensor(indices).split(self.batch_size)
+        ]
+
+    def _sequence(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.input_ids))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.input_ids))
+        return int(self._order[offset])
+
+
+class LoaderBatches:
+    """A DataLoader that the user built, as it is and over and over; padding is masked out of the loss.
+
+    The loader decides the batch size and the order.
+    """
+
+    def __init__(self, loader: DataLoader, *, accumulation: int) -> None:
+        self.accumulation = accumulation
+        self._batches = self._cycle(loader)
+
+    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        return [self._with_labels(next(self._batches)) for _ in range(self.accumulation)]
+
+    @staticmethod
+    def _cycle(loader: DataLoader) -> Iterator[Mapping[str, Any]]:
+        while True:
+            empty = True
+            for batch in loader:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("the dataset's DataLoader yields no batch; ELSA needs training text")
+
+    @staticmethod
+    def _with_labels(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            kind = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"a batch of the DataLoader is {kind}; ELSA needs a mapping with 'input_ids'")
+        tensors = {key: torch.as_tensor(value) for key, value in batch.items()}
+        labels = tensors.get("labels", tensors["input_ids"]).long()
+        if "attention_mask" in tensors:
+            labels = labels.masked_fill(tensors["attention_mask"] == 0, IGNORED_LABEL)
+        return tensors | {"labels": labels}
+
+
+def pack_documents(
+    dataset: Dataset, *, length: int, max_tokens: int, separator: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Concatenate tokenized documents, in an order drawn from the seed, and cut the stream into full sequences.
+
+    Padding (``attention_mask`` 0) is dropped. Documents of exactly ``length`` tokens are whole windows of a longer text and get no separator.
+
+    :param dataset: rows with ``input_ids`` and optionally ``attention_mask`` and ``labels``
+    :param max_tokens: how many tokens the run can use; no more documents are read
+    :param separator: token put between documents that do not end with it; None puts none
+    :returns: ids and labels, int32, (sequences, length); one shorter sequence if there is less text than ``length``
+    :raises ValueError: if the dataset holds fewer than two tokens
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    total = 0
+    columns = [c for c in ("input_ids", "attention_mask", "labels") if c in dataset.column_names]
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    for rows in dataset.select_columns(columns).select(order).with_format(None).iter(256):
+        for i in range(len(rows["input_ids"])):
+            row_ids, row_labels = _document({c: rows[c][i] for c in columns})
+            if len(row_ids) == 0:
+                continue
+            if separator is not None and len(row_ids) != length and row_ids[-1] != separator:
+                row_ids, row_labels = np.append(row_ids, separator), np.append(row_labels, separator)
+            ids.append(row_ids)
+            labels.append(row_labels)
+            total += len(row_ids)
+        if total >= max_tokens + length:
+            break
+    if total < 2:
+        raise ValueError(f"the dataset holds {total} tokens; ELSA needs text to train on")
+    width = min(length, total)
+    if width < length:
+        logger.warning(f"The dataset holds only {total} tokens: training on one sequence of that length, not {length}.")
+    return _windows(ids, width), _windows(labels, width)
+
+
+def _document(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(row["input_ids"], dtype=np.int32).reshape(-1)
+    labels = np.asarray(row.get("labels", ids), dtype=np.int32).reshape(-1)
+    if "attention_mask" in row:
+        real = np.asarray(row["attention_mask"]).reshape(-1) != 0
+        return ids[real], labels[real]
+    return ids, labels
+
+
+def _windows(parts: list[np.ndarray], width: int) -> Tensor:
+    stream = np.concatenate(parts)
+    return torch.from_numpy(stream[: len(stream) // width * width].reshape(-1, width))
+
+
+def batches_from_calibration(
+    loader: DataLoader,
+    *,
+    steps: int,
+    batch_size: int,
+    accumulation: int,
+    length: int,
+    separator: int | None,
+    seed: int,
+) -> BatchSource:
+    """Batches for a run, from the DataLoader that llm-compressor hands to a modifier.
+
+    A loader that llm-compressor made from a text or token dataset is taken apart: all of its documents are packed into
+    full sequences, whatever ``num_calibration_samples`` says. A loader of the user's own is used as it is.
+
+    :param steps: optimizer steps of the run
+    :param length: tokens a sequence
+    """
+    packable = isinstance(loader.dataset, Dataset) and "input_ids" in loader.dataset.column_names
+    if not packable or not isinstance(loader.collate_fn, DataCollatorWithTruncation | DataCollatorWithPadding):
+        return LoaderBatches(loader, accumulation=accumulation)
+    max_tokens = steps * batch_size * accumulation * length
+    ids, labels = pack_documents(loader.dataset, length=length, max_tokens=max_tokens, separator=separator, seed=seed)
+    logger.info(f"Training text: {ids.numel():,} tokens in {len(ids):,} sequences of {ids.shape[1]}.")
+    return PackedBatches(ids, labels, batch_size=batch_size, accumulation=accumulation, seed=seed)

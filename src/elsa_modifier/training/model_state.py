@@ -1,0 +1,70 @@
+"""Making a model trainable for a while, and giving it back as it was but for its weights' values."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from compressed_tensors.offload import remove_dispatch, set_onload_device
+from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils.dev import get_main_device
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["trainable"]
+
+
+@contextlib.contextmanager
+def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Within the context every floating-point parameter of ``model`` is fp32, on ``device`` and requires a gradient.
+
+    llm-compressor's offloading is taken off, other modifiers' hooks do not fire, experts see only the tokens routed to
+    them, and modules are in training mode. Afterwards, whether or not the body failed, all of this is as before; the
+    parameters are back in their dtype and place, with new values and without gradients.
+
+    :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device)
+    """
+    offloaded = any(isinstance(module._parameters, OffloadCache) for module in model.modules())
+    with contextlib.ExitStack() as stack:
+        if offloaded:
+            remove_dispatch(model)
+            stack.callback(set_onload_device, model, get_main_device())
+            # Offloading gives each module a parameter of its own, tied or not.
+            model.tie_weights()
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"parameter {name} has no data to train; load the model into memory, not onto disk")
+        stack.callback(_restore_modes, {module: module.training for module in model.modules()})
+        stack.enter_context(_training_tensors(model, device))
+        stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
+        stack.enter_context(torch.enable_grad())
+        model.train()
+        yield
+
+
+def _restore_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+@contextlib.contextmanager
+def _training_tensors(model: nn.Module, device: torch.device) -> Iterator[None]:
+    parameters = [(p, p.device, p.dtype, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    buffers = [(b, b.device) for b in model.buffers()]
+    try:
+        for parameter, *_ in parameters:
+            parameter.data = parameter.data.to(device, torch.float32)
+            parameter.requires_grad_(True)
+        for buffer, _ in buffers:
+            buffer.data = buffer.data.to(device)
+        yield
+    finally:
+        for parameter, place, dtype, requires_grad in parameters:
+            parameter.grad = None
+            parameter.data = parameter.data.to(place, dtype)
+            parameter.requires_grad_(requires_grad)
+        for buffer, place in buffers:
+            buffer.data = buffer.data.to(place)

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from torch import nn
+
+from elsa_modifier.admm.optimizer import ADMMOptimizer, PrunedWeight
+from elsa_modifier.admm.penalty import PenaltySchedule
+from elsa_modifier.admm.projection import MaskStructure
+from tests.reference.admm import TwoTensorADMM
+
+DENSE = MaskStructure()
+
+
+def problem():
+    """A weight to prune, one to train along, and a loss of both whose data is fixed by the step."""
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.zeros(8))
+    teacher = torch.randn(8, 12) * (torch.rand(8, 12) < 0.3)
+
+    def loss(step):
+        data = torch.randn(32, 12, generator=torch.Generator().manual_seed(step))
+        return (data @ weight.T + bias - data @ teacher.T).square().mean()
+
+    return weight, bias, loss
+
+
+def build(weight, base, *, keep=24, structure=DENSE, value=0.2, schedule="cosine", freeze_step=40, **options):
+    penalty = PenaltySchedule(value, schedule, freeze_step)
+    pruned = [PrunedWeight("weight", weight, keep, structure)]
+    return ADMMOptimizer(base, pruned, penalty=penalty, freeze_step=freeze_step, **options)
+
+
+def run(optimizer, loss, steps, first=0):
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+@pytest.mark.parametrize("free_support", [False, True])
+@pytest.mark.parametrize("projection", ["fisher", "magnitude"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_agrees_with_the_algorithm_written_out(form, free_support, projection, schedule):
+    options = dict(form=form, free_support=free_support, projection=projection, interval=4)
+    weight, bias, loss = problem()
+    optimizer = build(weight, torch.optim.Adam([weight, bias], lr=0.01), schedule=schedule, **options)
+    run(optimizer, loss, 40)
+
+    x, b, loss = problem()
+    adam = torch.optim.Adam([x, b], lr=0.01)
+    twin = TwoTensorADMM(x.detach().clone(), 24, free_support=free_support)
+    penalty = PenaltySchedule(0.2, schedule, 40)
+    for step in range(40):
+        adam.zero_grad()
+        loss(step).backward()
+        if form == "coupled" and penalty(step) > 0:
+            x.grad += twin.proximal_gradient(x.detach(), penalty(step))
+        adam.step()
+        with torch.no_grad():
+            if form == "decoupled" and penalty(step) > 0:
+                x.copy_(twin.pull(x, penalty(step)))
+            done = step + 1
+            if done % 4 == 1 or done == 40:
+                twin.update(x, penalty(done), adam.state[x]["exp_avg_sq"] if projection == "fisher" else None)
+    torch.testing.assert_close(weight.detach(), x.detach() * twin.mask, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(bias.detach(), b.detach(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(optimizer.masks["weight"], twin.mask)
+
+
+def test_updates_come_after_the_first_step_and_then_every_interval():
+    weight, bias, loss = problem()
+    optimizer = build(weight, torch.optim.Adam([weight, bias], lr=0.01), interval=5, freeze_step=18)
+    steps = []
+    for step in range(25):
+        before = optimizer.projection_count
+        run(optimizer, loss, 1, step)
+        if optimizer.projection_count > before:
+            steps.append(step + 1)
+    assert steps == [1, 6, 11, 16, 18]
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD])
+def test_weights_outside_the_mask_are_zero_after_every_step(base):
+    weight, bias, loss = problem()
+    inner = base([weight, bias], lr=0.01)
+    optimizer = build(weight, inner, freeze_step=10, interval=3, projection="magnitude" if base is torch.optim.SGD else "fisher")
+    run(optimizer, loss, 10)
+    mask = optimizer.masks["weight"]
+    assert int(mask.sum()) == 24
+    for step in range(10, 30):
+        before = weight.detach().clone()
+        run(optimizer, loss, 1, step)
+        assert not weight[~mask].any()
+        assert (weight[mask] != before[mask]).any()
+    assert torch.equal(optimizer.masks["weight"], mask)
+    assert optimizer.sparsity == pytest.approx(0.75)
+
+
+def test_mask_fixed_from_the_start_is_the_magnitude_mask():
+    weight, bias, loss = problem()
+    largest = weight.detach().abs().flatten().topk(24).indices.sort().values
+    optimizer = build(weight, torch.optim.Adam([weight, bias], lr=0.01), freeze_step=0)
+    run(optimizer, loss, 3)
+    assert torch.equal(weight.flatten().nonzero().squeeze(1), largest)
+
+
+@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+def test_a_weight_without_gradient_is_pruned_too(form):
+    weight, bias, loss = problem()
+    idle = nn.Parameter(torch.randn(4, 4))
+    base = torch.optim.Adam([weight, bias, idle], lr=0.01)
+    pruned = [PrunedWeight("idle", idle, 4, DENSE), PrunedWeight("weight", weight, 24, DENSE)]
+    optimizer = ADMMOptimizer(base, pruned, penalty=PenaltySchedule(0.2, "linear", 8), form=form, freeze_step=8)
+    run(optimizer, loss, 10)
+    assert int((idle != 0).sum()) == 4 and int((weight != 0).sum()) == 24
+
+
+def test_fisher_needs_a_second_moment():
+    weight, bias, loss = problem()
+    optimizer = build(weight, torch.optim.SGD([weight, bias], lr=0.01, momentum=0.9))
+    with pytest.raises(ValueError, match="SGD keeps no second moment"):
+        run(optimizer, loss, 1)
+
+
+def test_diverged_weights_are_named():
+    weight, bias, loss = problem()
+    optimizer = build(weight, torch.optim.Adam([weight, bias], lr=0.01))
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="projection of weight at step 1: .*NaN"):
+        run(optimizer, loss, 1)
+
+
+def test_state_is_one_tensor_and_one_bit():
+    weight = nn.Parameter(torch.randn(64, 64))
+    optimizer = build(weight, torch.optim.Adam([weight], lr=0.01), keep=400)
+    assert optimizer.state_nbytes == 64 * 64 * 4 + 64 * 64 // 8
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [(dict(interval=0), "interval is 0"), (dict(value=1.5), "penalty is 1.5"), (dict(value=-0.1), "penalty is -0.1")],
+)
+def test_bad_options_are_refused(options, message):
+    weight = nn.Parameter(torch.randn(8, 12))
+    with pytest.raises(ValueError, match=message):
+        build(weight, torch.optim.Adam([weight], lr=0.01), **options)
+
+
+def test_nothing_to_prune_is_refused():
+    weight = nn.Parameter(torch.randn(8, 12))
+    with pytest.raises(ValueError, match="no weight to prune"):
+        ADMMOptimizer(torch.optim.Adam([weight]), [], penalty=PenaltySchedule(0.1, "constant", 1), freeze_step=1)

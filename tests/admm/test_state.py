@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from elsa_modifier.admm.penalty import PenaltySchedule
+from elsa_modifier.admm.projection import MaskStructure
+from elsa_modifier.admm.state import ADMMState
+from tests.reference.admm import TwoTensorADMM, penalty_at
+
+SCHEDULES = ["constant", "linear", "cosine", "exponential"]
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("free_support", [False, True])
+@pytest.mark.parametrize("structure", [MaskStructure(), MaskStructure(2, 4)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("with_scratch", [False, True])
+def test_one_tensor_agrees_with_two(free_support, structure, schedule, with_scratch):
+    torch.manual_seed(0)
+    x = torch.randn(12, 20)
+    keep = 120 if structure.sparsity else 50
+    scratch = torch.empty(x.numel() + 7) if with_scratch else None
+    state = ADMMState(x, keep, structure, free_support=free_support)
+    group = None if structure.is_unstructured else (structure.zeroed, structure.group)
+    twin = TwoTensorADMM(x.clone(), keep, group, free_support=free_support)
+    penalty = PenaltySchedule(0.3, schedule, 40)
+    for step in range(60):
+        lam = penalty(step)
+        x += 0.1 * torch.randn_like(x)
+        grad = torch.randn_like(x)
+        if lam > 0:
+            expected_grad = grad + twin.proximal_gradient(x, lam)
+            state.add_proximal_gradient_(grad, x, lam, scratch)
+            close(grad, expected_grad)
+            expected_x = twin.pull(x, lam)
+            state.pull_(x, lam, scratch)
+            close(x, expected_x)
+        if step % 7 == 0:
+            twin.follow(x)
+            gap = (x - twin.z).square().sum()
+            close(state.residual_sums(x, scratch), torch.stack([gap, x.square().sum()]))
+            fisher = torch.rand_like(x)
+            before = twin.mask
+            twin.update(x, lam, fisher)
+            assert int(state.update(x, lam, fisher, scratch)) == int((twin.mask & ~before).sum())
+            assert torch.equal(state.mask, twin.mask)
+            if not free_support:
+                close(state.split(x), twin.z)
+            close(state.dual(lam), twin.u)
+
+
+def test_supports_are_disjoint_and_add_up():
+    torch.manual_seed(1)
+    x = torch.randn(8, 8)
+    state = ADMMState(x, 16, MaskStructure())
+    state.update(x, 0.1)
+    u = state.dual(0.1)
+    x = torch.randn(8, 8)
+    state.update(x, 0.1)
+    z, dual = state.split(x), state.dual(0.1)
+    assert not (z * dual).any()
+    close(z + dual, x + u)
+
+
+def test_scaled_dual_keeps_the_unscaled_one():
+    torch.manual_seed(2)
+    x = torch.randn(8, 8)
+    state = ADMMState(x, 16, MaskStructure())
+    state.update(x, 0.1)
+    y = 0.1 * state.dual(0.1)
+    close(0.4 * state.dual(0.4), y)
+    # No dual is invented or lost while the penalty is zero.
+    close(state.dual(0.0), state.dual(0.1))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 33)])
+def test_memory_is_one_tensor_and_one_bit(shape):
+    x = torch.randn(shape)
+    state = ADMMState(x, 5, MaskStructure(), free_support=True)
+    state.update(x, 0.1)
+    assert state.nbytes == 4 * x.numel() + -(-x.numel() // 8)
+    assert state.nbytes / x.numel() <= 4.13
+
+
+def test_state_starts_at_the_magnitude_projection_without_dual():
+    x = torch.tensor([[3.0, -1.0, 0.5, -2.0]])
+    state = ADMMState(x, 2, MaskStructure())
+    assert state.split(x).tolist() == [[3.0, 0.0, 0.0, -2.0]]
+    assert not state.dual(1.0).any()
+
+
+def test_mask_zeroes_what_is_outside():
+    x = torch.randn(5, 5)
+    state = ADMMState(x, 3, MaskStructure())
+    kept = x[state.mask].clone()
+    state.apply_mask_(x)
+    assert int((x != 0).sum()) == 3
+    assert torch.equal(x[state.mask], kept)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_penalty_schedules_agree_with_the_twin(schedule):
+    penalty = PenaltySchedule(0.7, schedule, 50)
+    values = [penalty(t) for t in range(80)]
+    assert values == pytest.approx([penalty_at(t, 0.7, schedule, 50) for t in range(80)])
+    assert values[50:] == [0.7] * 30
+    assert values == sorted(values)
+
+
+def test_penalty_schedule_of_no_steps_is_its_value():
+    assert PenaltySchedule(0.7, "cosine", 0)(0) == 0.7

@@ -1,0 +1,72 @@
+"""The method as it is written on paper: slow, obvious, two tensors. What ``elsa_modifier.admm`` must agree with."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def keep_mask(scores: Tensor, keep: int, group: tuple[int, int] | None = None) -> Tensor:
+    """Kept entries by Python's own stable sort: largest first, ties to the lower index. ``group`` is (zeroed, size)."""
+    if group is not None:
+        zeroed, size = group
+        rows = [keep_mask(part, size - zeroed) for part in scores.reshape(-1, size)]
+        return torch.stack(rows).reshape(scores.shape) if rows else torch.zeros(scores.shape, dtype=torch.bool)
+    values = scores.flatten().tolist()
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    mask[order[:keep]] = True
+    return mask.reshape(scores.shape)
+
+
+def penalty_at(step: int, value: float, schedule: str, steps: int) -> float:
+    """Penalty schedules, each written out."""
+    if step >= steps:
+        return value
+    return {
+        "constant": value,
+        "linear": value * step / steps,
+        "cosine": value * 0.5 * (1 - math.cos(math.pi * step / steps)),
+        "exponential": value / 1000 * 1000 ** (step / steps),
+    }[schedule]
+
+
+class TwoTensorADMM:
+    """z and u of one weight, both dense; u rescaled at every step so that lam * u stays what it was."""
+
+    def __init__(self, x: Tensor, keep: int, group: tuple[int, int] | None = None, *, free_support: bool = False) -> None:
+        self.keep, self.group, self.free_support = keep, group, free_support
+        self.mask = keep_mask(x.abs(), keep, group)
+        self.z = x * self.mask
+        self.u = torch.zeros_like(x)
+        self.penalty = 0.0
+
+    def set_penalty(self, penalty: float) -> None:
+        if self.penalty > 0 and penalty > 0:
+            self.u = self.u * (self.penalty / penalty)
+        self.penalty = penalty
+
+    def follow(self, x: Tensor) -> None:
+        """Partial minimization over z for the fixed support."""
+        if self.free_support:
+            self.z = torch.where(self.mask, x, torch.zeros_like(x))
+
+    def gap(self, x: Tensor, penalty: float) -> Tensor:
+        """x - z + u at a penalty."""
+        self.set_penalty(penalty)
+        self.follow(x)
+        return x - self.z + self.u
+
+    def pull(self, x: Tensor, penalty: float) -> Tensor:
+        return x - penalty * self.gap(x, penalty)
+
+    def proximal_gradient(self, x: Tensor, penalty: float) -> Tensor:
+        return penalty * self.gap(x, penalty)
+
+    def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None) -> None:
+        self.set_penalty(penalty)
+        v = x + self.u
+        scores = v.abs() if fisher is None else fisher.sqrt() * v.abs()
+        self.mask = keep_mask(scores, self.keep, self.group)
+        self.z = v * self.mask
+        self.u = v - self.z if penalty > 0 else torch.zeros_like(v)
