@@ -55,13 +55,14 @@ def _prune(name: str, modifier: Any, sparsity: float) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(model_directory())
         prune_by_magnitude_(model, sparsity)
         return model
+    # ELSA packs documents itself; the layer-wise methods get the same, full windows.
+    packing = {} if isinstance(modifier, ELSAModifier) else {"max_seq_length": LENGTH, "concatenate_data": True}
     return oneshot(
         model=str(model_directory()),
         dataset=training_texts(),
         recipe=[modifier],
         num_calibration_samples=CALIBRATION_SAMPLES,
-        # The layer-wise methods calibrate on single truncated documents; ELSA packs whole ones.
-        max_seq_length=None if isinstance(modifier, ELSAModifier) else LENGTH,
+        **packing,
     )
 
 
@@ -82,7 +83,7 @@ def write_table() -> None:
         "",
         f"SmolLM2-135M-Instruct, perplexity on held-out C4 / Wikipedia text at sequence {LENGTH}. Methods that train: "
         f"{max(r['steps'] for r in rows)} steps of {2 * LENGTH:,} tokens. Wanda and SparseGPT: {CALIBRATION_SAMPLES} "
-        f"samples of at most {LENGTH} tokens. In brackets, minutes on two CPU cores.",
+        f"samples of {LENGTH} tokens. In brackets, minutes on two CPU cores.",
         "",
         "`python -m benchmarks.compare_methods` (or `make benchmarks`) prints and writes this.",
         "",
@@ -115,9 +116,7 @@ def main() -> None:
             # The zeros counted, not asked for.
             counted = linear_sparsity(model)
             print(f"{method} at {sparsity:.0%}: {values}, {counted:.4%} zeros, {minutes:.1f} minutes", flush=True)
-            _record(
-                method=method, sparsity=sparsity, steps=arguments.steps, minutes=minutes, zeros=counted, **values
-            )
+            _record(method=method, sparsity=sparsity, steps=arguments.steps, minutes=minutes, zeros=counted, **values)
 
         measure("dense", 0.0, AutoModelForCausalLM.from_pretrained(model_directory()), 0.0)
         for sparsity in arguments.sparsities:

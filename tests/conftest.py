@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
@@ -17,7 +18,6 @@ from transformers import (
     Qwen2Config,
     Qwen3MoeConfig,
 )
-from transformers import AutoModelForCausalLM
 
 WORDS = ["<eos>", "<unk>"] + [f"w{i}" for i in range(94)]
 _COMMON = dict(vocab_size=96, bos_token_id=0, eos_token_id=0, pad_token_id=0, max_position_embeddings=64)
@@ -31,7 +31,13 @@ CONFIGS = {
     "llama-biased": LlamaConfig(**_LLAMA, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**_LLAMA),
     "opt": OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.1, **_COMMON
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.1,
+        **_COMMON,
     ),
     "gpt-neox": GPTNeoXConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **_COMMON

@@ -94,7 +94,9 @@ def test_model_comes_back_as_it_came(dtype, load, texts):
             seen["after"] = {n: p.requires_grad for n, p in state.model.named_parameters()}
 
     rng = torch.get_rng_state()
-    result = oneshot(model=model, dataset=texts, shuffle_calibration_samples=False, recipe=[Watching(sparsity=0.9, **QUICK)])
+    result = oneshot(
+        model=model, dataset=texts, shuffle_calibration_samples=False, recipe=[Watching(sparsity=0.9, **QUICK)]
+    )
     assert result is model
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert not any(m.training for m in model.modules())
@@ -110,8 +112,8 @@ def test_model_comes_back_as_it_came(dtype, load, texts):
 def test_path_recipe_file_and_output_directory(checkpoint, texts, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "prune_stage:\n  prune_modifiers:\n    ELSAModifier:\n      sparsity: 0.8\n      steps: 6\n      batch_size: 2\n"
-        "      sequence_length: 16\n      finalize: 0.5\n"
+        "prune_stage:\n  prune_modifiers:\n    ELSAModifier:\n      sparsity: 0.8\n      steps: 6\n"
+        "      batch_size: 2\n      sequence_length: 16\n      finalize: 0.5\n"
     )
     out = tmp_path / "out"
     model = oneshot(model=str(checkpoint()), dataset=texts, recipe=str(recipe), output_dir=str(out))
@@ -132,7 +134,9 @@ def test_path_recipe_file_and_output_directory(checkpoint, texts, tmp_path):
 def test_labels_of_a_tokenized_dataset_are_used(load, tokens):
     unlabelled = oneshot(model=load(), dataset=tokens, recipe=[elsa()])
     same = tokens.map(lambda row: {"labels": row["input_ids"]})
-    masked = tokens.map(lambda row: {"labels": [-100] * (len(row["input_ids"]) // 2) + row["input_ids"][len(row["input_ids"]) // 2 :]})
+    masked = tokens.map(
+        lambda row: {"labels": [-100] * (len(row["input_ids"]) // 2) + row["input_ids"][len(row["input_ids"]) // 2 :]}
+    )
     weights = [oneshot(model=load(), dataset=d, recipe=[elsa()]).model.norm.weight for d in (same, masked)]
     assert torch.equal(weights[0], unlabelled.model.norm.weight)
     assert not torch.equal(weights[1], unlabelled.model.norm.weight)
@@ -156,7 +160,9 @@ def test_same_seed_same_bits_other_seed_other_bits(load, texts):
     results = []
     for seed, noise in ((3, 1), (3, 2), (4, 1)):
         torch.manual_seed(noise)
-        results.append(oneshot(model=load("opt"), dataset=texts, recipe=[elsa(seed=seed, precision="bf16")]).state_dict())
+        results.append(
+            oneshot(model=load("opt"), dataset=texts, recipe=[elsa(seed=seed, precision="bf16")]).state_dict()
+        )
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
     assert any(not torch.equal(results[0][k], results[2][k]) for k in results[0])
 

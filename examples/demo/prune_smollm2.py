@@ -1,4 +1,4 @@
-"""Prune SmolLM2-135M-Instruct to 80% with ``oneshot``, measure it on held-out text, save it, reload it, let it speak."""
+"""Prune SmolLM2-135M-Instruct to 80% with ``oneshot``, measure it on held-out text, save, reload, let it speak."""
 
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""ELSAModifier: the recipe's fields, their validation, and the lifecycle. The method is in ``admm``, the run in ``training``."""
+"""ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
 import os
@@ -57,7 +57,9 @@ class Penalty(BaseModel):
         if self.form == "decoupled" and self.value > 1:
             raise ValueError(f"penalty.value is {self.value}; the decoupled form allows 0 to 1, a fraction per step")
         if self.form == "coupled" and "value" not in self.model_fields_set:
-            raise ValueError("penalty.value is not set; the coupled form has no default that fits every model (try 1e-3)")
+            raise ValueError(
+                "penalty.value is not set; the coupled form has no default that fits every model (try 1e-3)"
+            )
         return self
 
 
@@ -103,7 +105,8 @@ class ELSAModifier(Modifier):
     :param betas: Adam's two decay rates
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
     :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01)
-    :param interval: optimizer steps between z- and u-updates
+    :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
+        for ten updates
     :param penalty: see :class:`Penalty`
     :param projection: ``fisher`` keeps the weights with the largest ``F x^2``, ``magnitude`` with the largest ``|x|``
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
@@ -128,7 +131,7 @@ class ELSAModifier(Modifier):
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
     optimizer: Literal["adam", "adamw"] = "adam"
-    interval: int = Field(32, ge=1)
+    interval: int | None = Field(None, ge=1)
     penalty: Penalty = Field(default_factory=Penalty)
     projection: Projection = "fisher"
     finalize_at: float = Field(0.8, ge=0, le=1, validation_alias=AliasChoices("finalize", "finalize_at"))
@@ -136,7 +139,7 @@ class ELSAModifier(Modifier):
     precision: Precision = "bf16"
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
-    _masks: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -159,7 +162,9 @@ class ELSAModifier(Modifier):
             if fraction is not None and not 0 <= fraction < 1:
                 raise ValueError(f"{where} is {fraction}; allowed is 0 up to, not including, 1: the fraction of zeros")
         if structure.is_unstructured and not self.sparsity and self.sparsity != 0.0:
-            raise ValueError("sparsity is not set; give the fraction of zeros, for example 0.9, or an N:M mask_structure")
+            raise ValueError(
+                "sparsity is not set; give the fraction of zeros, for example 0.9, or an N:M mask_structure"
+            )
         if not structure.is_unstructured and self.sparsity is not None and self.sparsity != structure.sparsity:
             raise ValueError(
                 f"sparsity is {self.sparsity}, but mask_structure {structure} always has {structure.sparsity}; leave "
@@ -177,7 +182,7 @@ class ELSAModifier(Modifier):
     @property
     def masks(self) -> dict[str, Tensor]:
         """After training: kept entries of each pruned module's weight, bool, by module name, on the CPU."""
-        return {name: unpack_bits(bits, torch.Size(shape)) for name, (bits, shape) in self._masks.items()}
+        return {name: unpack_bits(bits, shape) for name, (bits, shape) in self._masks.items()}
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check model, data and recipe against each other, before the first step of any modifier.
@@ -190,8 +195,8 @@ class ELSAModifier(Modifier):
         quantized = next((t.name for t in targets if hasattr(t.module, "quantization_scheme")), None)
         if quantized is not None:
             raise ValueError(
-                f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, so "
-                "put ELSAModifier first in the recipe"
+                f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, "
+                "so put ELSAModifier first in the recipe"
             )
         return True
 
@@ -233,9 +238,9 @@ class ELSAModifier(Modifier):
                 history=self._history,
             )
             for target, mask in zip(targets, optimizer.masks.values(), strict=True):
-                self._masks[target.name] = (pack_bits(mask).cpu(), tuple(mask.shape))
+                self._masks[target.name] = (pack_bits(mask).cpu(), mask.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
-                target.module.weight.data.masked_fill_(~mask, 0.0)
+                target.weight.data.masked_fill_(~mask, 0.0)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -270,13 +275,11 @@ class ELSAModifier(Modifier):
         structure = parse_mask_structure(self.mask_structure)
         sparsity = structure.sparsity if self.sparsity is None else self.sparsity
         assert sparsity is not None
-        return find_targets(
-            model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure
-        )
+        return find_targets(model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure)
 
     def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
-        weights = [PrunedWeight(t.name, t.module.weight, t.keep, structure) for t in targets]
+        weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
         parameters = [p for p in model.parameters() if p.requires_grad]
         base = _OPTIMIZERS[self.optimizer](
             parameters,
@@ -291,7 +294,7 @@ class ELSAModifier(Modifier):
             penalty=PenaltySchedule(self.penalty.value, self.penalty.schedule, freeze_step),
             form=self.penalty.form,
             free_support=self.penalty.free_support,
-            interval=self.interval,
+            interval=self.interval or min(32, max(1, freeze_step // 10)),
             projection=self.projection,
             freeze_step=freeze_step,
         )
@@ -324,7 +327,7 @@ class ELSAModifier(Modifier):
             partial.replace(Path(save_directory) / HISTORY_FILE)
             return result
 
-        model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+        model.save_pretrained = save_pretrained
 
 
 def default_learning_rate(weights: list[PrunedWeight]) -> float:

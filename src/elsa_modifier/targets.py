@@ -26,6 +26,13 @@ class Target:
     module: nn.Module
     keep: int
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The module's weight, (out, in)."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
 
 def find_targets(
     model: PreTrainedModel,
@@ -44,8 +51,7 @@ def find_targets(
     :raises ValueError: if nothing matches, a pattern matches nothing, or a weight does not fit the mask structure
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    by_pattern = sparsity if isinstance(sparsity, Mapping) else None
-    unmatched = set(by_pattern or ())
+    unmatched = set(sparsity) if isinstance(sparsity, Mapping) else set()
     seen: set[int] = set()
     found = []
     for name, module in match_named_modules(model, targets, ignore):
@@ -58,13 +64,14 @@ def find_targets(
         if id(weight) in embeddings:
             logger.warning(f"{name} shares its weight with an embedding and stays dense.")
             continue
-        fraction = sparsity
-        if by_pattern is not None:
-            pattern = next((p for p in by_pattern if is_match(name, module, p)), None)
-            unmatched.discard(pattern)
+        if isinstance(sparsity, Mapping):
+            pattern = next((p for p in sparsity if is_match(name, module, p)), None)
             if pattern is None:
                 continue
-            fraction = by_pattern[pattern]
+            unmatched.discard(pattern)
+            fraction = sparsity[pattern]
+        else:
+            fraction = sparsity
         if id(weight) in seen:
             continue
         seen.add(id(weight))

@@ -83,7 +83,9 @@ def test_updates_come_after_the_first_step_and_then_every_interval():
 def test_weights_outside_the_mask_are_zero_after_every_step(base):
     weight, bias, loss = problem()
     inner = base([weight, bias], lr=0.01)
-    optimizer = build(weight, inner, freeze_step=10, interval=3, projection="magnitude" if base is torch.optim.SGD else "fisher")
+    optimizer = build(
+        weight, inner, freeze_step=10, interval=3, projection="magnitude" if base is torch.optim.SGD else "fisher"
+    )
     run(optimizer, loss, 10)
     mask = optimizer.masks["weight"]
     assert int(mask.sum()) == 24
@@ -126,7 +128,7 @@ def test_diverged_weights_are_named():
     weight, bias, loss = problem()
     optimizer = build(weight, torch.optim.Adam([weight, bias], lr=0.01))
     weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="projection of weight at step 1: .*NaN"):
+    with pytest.raises(ValueError, match=r"projection of weight at step 1: .*NaN"):
         run(optimizer, loss, 1)
 
 

@@ -34,7 +34,9 @@ def penalty_at(step: int, value: float, schedule: str, steps: int) -> float:
 class TwoTensorADMM:
     """z and u of one weight, both dense; u rescaled at every step so that lam * u stays what it was."""
 
-    def __init__(self, x: Tensor, keep: int, group: tuple[int, int] | None = None, *, free_support: bool = False) -> None:
+    def __init__(
+        self, x: Tensor, keep: int, group: tuple[int, int] | None = None, *, free_support: bool = False
+    ) -> None:
         self.keep, self.group, self.free_support = keep, group, free_support
         self.mask = keep_mask(x.abs(), keep, group)
         self.z = x * self.mask

@@ -118,10 +118,10 @@ class ADMMOptimizer:
             for pruned, state in self._pairs():
                 state.pull_(pruned.weight, penalty, self._scratch)
         if self.step_count >= self.freeze_step:
-            self._project()
+            self.project()
             self._freeze()
         elif self.step_count % self.interval == 1 % self.interval:
-            self._project()
+            self.project()
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""
@@ -150,7 +150,8 @@ class ADMMOptimizer:
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
 
-    def _project(self) -> None:
+    def project(self) -> None:
+        """The z- and u-updates of all weights; :meth:`step` calls this when it is time."""
         # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
         penalty = self.penalty(self.step_count)
         residual = self.residual()
@@ -174,7 +175,8 @@ class ADMMOptimizer:
                 f"projection is 'fisher', but {type(self.base).__name__} keeps no second moment (exp_avg_sq); "
                 "use an optimizer of the Adam family, or projection 'magnitude'"
             )
-        return moments["exp_avg_sq"]
+        fisher: Tensor = moments["exp_avg_sq"]
+        return fisher
 
     def _freeze(self) -> None:
         self.frozen = True

@@ -36,5 +36,5 @@ class PenaltySchedule:
             case "cosine":
                 return self.value * (1 - math.cos(math.pi * progress)) / 2
             case "exponential":
-                return self.value * _EXPONENTIAL_RANGE ** (progress - 1)
+                return self.value * math.pow(_EXPONENTIAL_RANGE, progress - 1)
         raise ValueError(f"penalty schedule is {self.schedule!r}; allowed are constant, linear, cosine, exponential")

@@ -108,7 +108,9 @@ def _kth_largest(flat: Tensor, k: int) -> Tensor:
 def _largest_of_each_group(scores: Tensor, structure: MaskStructure) -> Tensor:
     size = structure.group
     if scores.shape[-1] % size:
-        raise ValueError(f"mask structure {structure} needs an input dimension divisible by {size}, not {scores.shape[-1]}")
+        raise ValueError(
+            f"mask structure {structure} needs an input dimension divisible by {size}, not {scores.shape[-1]}"
+        )
     groups = scores.unflatten(-1, (-1, size))
     # The rank of an entry is how many of its group beat it: exact for ties, and no sort.
     rank = torch.zeros_like(groups, dtype=torch.uint8)

@@ -1,9 +1,9 @@
 """The ADMM pair (z, u) of one weight, held as one dense tensor and one bit a weight.
 
-With ``v = x + u`` and the mask ``M`` that the projection selects, ``z = v M`` and the new dual ``u = v - z = v (1 - M)``
-have disjoint supports. So one tensor holds both: the *anchor* ``a = z - u``, which is also all that the x-update reads,
-since its proximal term pulls ``x`` towards ``z - u``. (The anchor is the reflection ``(2 Proj - I) v`` of
-Douglas-Rachford splitting.) That is 4.125 bytes a weight in fp32 where the two-tensor form takes 8.
+With ``v = x + u`` and the mask ``M`` that the projection selects, ``z = v M`` and the new dual is
+``u = v - z = v (1 - M)``: their supports are disjoint. So one tensor holds both: the *anchor* ``a = z - u``, which is
+also all that the x-update reads, since its proximal term pulls ``x`` towards ``z - u``. (The anchor is the reflection
+``(2 Proj - I) v`` of Douglas-Rachford splitting.) That is 4.125 bytes a weight in fp32 where two tensors take 8.
 """
 
 import torch
@@ -57,9 +57,7 @@ class ADMMState:
         return self._anchor * select_by_bits(self._bits, self._anchor.shape, 0.0, -self._dual_scale(penalty))
 
     @torch.no_grad()
-    def update(
-        self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Tensor | None = None
-    ) -> Tensor:
+    def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """z- and u-update: ``v = x + u``, ``z <- Proj(v)``, ``u <- v - z``. Returns how many entries entered the mask.
 
         :param x: the weight

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-__all__ = ["IGNORED_LABEL", "BatchSource", "LoaderBatches", "PackedBatches", "batches_from_calibration", "pack_documents"]
+__all__ = [
+    "IGNORED_LABEL",
+    "BatchSource",
+    "LoaderBatches",
+    "PackedBatches",
+    "batches_from_calibration",
+    "pack_documents",
+]
 
 IGNORED_LABEL = -100
 
@@ -65,7 +72,7 @@ class LoaderBatches:
     The loader decides the batch size and the order.
     """
 
-    def __init__(self, loader: DataLoader, *, accumulation: int) -> None:
+    def __init__(self, loader: DataLoader[Any], *, accumulation: int) -> None:
         self.accumulation = accumulation
         self._batches = self._cycle(loader)
 
@@ -73,7 +80,7 @@ class LoaderBatches:
         return [self._with_labels(next(self._batches)) for _ in range(self.accumulation)]
 
     @staticmethod
-    def _cycle(loader: DataLoader) -> Iterator[Mapping[str, Any]]:
+    def _cycle(loader: DataLoader[Any]) -> Iterator[Mapping[str, Any]]:
         while True:
             empty = True
             for batch in loader:
@@ -99,7 +106,8 @@ def pack_documents(
 ) -> tuple[Tensor, Tensor]:
     """Concatenate tokenized documents, in an order drawn from the seed, and cut the stream into full sequences.
 
-    Padding (``attention_mask`` 0) is dropped. Documents of exactly ``length`` tokens are whole windows of a longer text and get no separator.
+    Padding (``attention_mask`` 0) is dropped. Documents of exactly ``length`` tokens are windows of a longer text and
+    get no separator.
 
     :param dataset: rows with ``input_ids`` and optionally ``attention_mask`` and ``labels``
     :param max_tokens: how many tokens the run can use; no more documents are read
@@ -147,7 +155,7 @@ def _windows(parts: list[np.ndarray], width: int) -> Tensor:
 
 
 def batches_from_calibration(
-    loader: DataLoader,
+    loader: DataLoader[Any],
     *,
     steps: int,
     batch_size: int,

@@ -104,7 +104,7 @@ def train(
                 )
             if max_grad_norm is not None and grad_norm > max_grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = float(scheduler.get_last_lr()[0])
             penalty = 0.0 if optimizer.frozen else optimizer.penalty(step)
             projections = optimizer.projection_count
             optimizer.step()

@@ -1,0 +1,90 @@
+"""What ADMM adds to a training step, and what its state weighs, on SmolLM2-135M at 4 x 256 tokens.
+
+Forward, backward and a fused Adam step are timed with and without the ADMM part around the same Adam, in turn, in one
+process. The projection runs every ``interval`` steps; its cost is spread over them. Medians, in seconds.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.assets import model_directory
+from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
+from elsa_modifier.admm.penalty import PenaltyForm
+from elsa_modifier.training.objective import next_token_loss
+
+INTERVAL = 32
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+    rows = torch.randint(0, model.config.vocab_size, (4, 256))
+    batch = {"input_ids": rows, "labels": rows}
+    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    parameters = [m.weight for m in linears if isinstance(m.weight, nn.Parameter)]
+    weights = [PrunedWeight("", p, p.numel() // 5, MaskStructure()) for p in parameters]
+    pruned = sum(w.weight.numel() for w in weights)
+    base = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
+
+    def forward_backward(precision: torch.dtype | None) -> None:
+        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            loss = next_token_loss(model, batch)
+        model.zero_grad()
+        loss.backward()
+
+    forward_backward(torch.bfloat16)
+    base.step()
+    plain = {}
+    for name, precision in (("bf16 autocast", torch.bfloat16), ("fp32", None)):
+        run = functools.partial(forward_backward, precision)
+        plain[name] = statistics.median(_timed(run) for _ in range(arguments.repeats))
+    print(f"{pruned:,} pruned weights; forward + backward: " + ", ".join(f"{n} {s:.2f} s" for n, s in plain.items()))
+    print(
+        f"{'form':<11}{'support':<9}{'Adam':>8}{'+ pull':>8}{'update':>8}"
+        f"{'bf16 ratio':>12}{'fp32 ratio':>12}{'B/weight':>10}"
+    )
+    forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
+    for form in forms:
+        for free in (True, False):
+            optimizer = ADMMOptimizer(
+                base,
+                weights,
+                penalty=PenaltySchedule(1e-3, "constant", 1),
+                form=form,
+                free_support=free,
+                interval=10**9,
+                freeze_step=10**9,
+            )
+            optimizer.step()  # the update after the first step
+            adam, step, update = [], [], []
+            for _ in range(arguments.repeats):
+                adam.append(_timed(base.step))
+                step.append(_timed(optimizer.step))
+                update.append(_timed(optimizer.project))
+            a, s, u = map(statistics.median, (adam, step, update))
+            ratios = [(fb + s + u / INTERVAL) / (fb + a) for fb in plain.values()]
+            print(
+                f"{form:<11}{'free' if free else 'held':<9}{a:>8.3f}{s - a:>8.3f}{u:>8.3f}"
+                + "".join(f"{r:>12.3f}" for r in ratios)
+                + f"{optimizer.state_nbytes / pruned:>10.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
