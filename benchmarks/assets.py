@@ -90,7 +90,7 @@ def training_texts() -> Dataset:
 
 
 def evaluation_sequences(
-    tokenizer: PreTrainedTokenizerBase, *, sequences: int = 40, length: int = 512
+    tokenizer: PreTrainedTokenizerBase, *, sequences: int = 24, length: int = 512
 ) -> dict[str, Tensor]:
     """Held-out C4 and Wikipedia text: (sequences, length) token ids each."""
     result = {}
