@@ -35,7 +35,7 @@ lint: setup
 demo: setup
 	$(BIN)/python -m examples.demo.prune_smollm2
 
-# The figures of docs/results.md; hours on a laptop.
+# The figures in docs/results; hours on a laptop.
 benchmarks: setup
 	$(BIN)/python -m benchmarks.compare_methods
 	$(BIN)/python -m benchmarks.step_overhead

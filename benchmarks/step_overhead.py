@@ -9,6 +9,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "results" / "step_overhead.md"
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -54,11 +56,19 @@ def main() -> None:
     for name, precision in (("bf16 autocast", torch.bfloat16), ("fp32", None)):
         run = functools.partial(forward_backward, precision)
         plain[name] = statistics.median(_timed(run) for _ in range(arguments.repeats))
-    print(f"{pruned:,} pruned weights; forward + backward: " + ", ".join(f"{n} {s:.2f} s" for n, s in plain.items()))
-    print(
-        f"{'form':<11}{'support':<9}{'Adam':>8}{'+ pull':>8}{'update':>8}"
-        f"{'bf16 ratio':>12}{'fp32 ratio':>12}{'B/weight':>10}"
-    )
+    lines = [
+        "# Overhead of a step",
+        "",
+        f"SmolLM2-135M, 4 x 256 tokens, {pruned:,} pruned weights, two CPU cores, medians of {arguments.repeats}. "
+        + "Forward and backward take "
+        + ", ".join(f"{seconds:.2f} s ({name})" for name, seconds in plain.items())
+        + f". The ratio is (forward, backward, Adam, ADMM) / (forward, backward, Adam) at interval {INTERVAL}.",
+        "",
+        "`python -m benchmarks.step_overhead` prints and writes this.",
+        "",
+        "| form | support | fused Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 | bytes a weight |",
+        "|---" * 8 + "|",
+    ]
     forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
     for form in forms:
         for free in (True, False):
@@ -78,12 +88,13 @@ def main() -> None:
                 step.append(_timed(optimizer.step))
                 update.append(_timed(optimizer.project))
             a, s, u = map(statistics.median, (adam, step, update))
-            ratios = [(fb + s + u / INTERVAL) / (fb + a) for fb in plain.values()]
-            print(
-                f"{form:<11}{'free' if free else 'held':<9}{a:>8.3f}{s - a:>8.3f}{u:>8.3f}"
-                + "".join(f"{r:>12.3f}" for r in ratios)
-                + f"{optimizer.state_nbytes / pruned:>10.3f}"
-            )
+            ratios = [(seconds + s + u / INTERVAL) / (seconds + a) for seconds in plain.values()]
+            cells = [form, "free" if free else "held", f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
+            cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{optimizer.state_nbytes / pruned:.3f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n")
+    print(TABLE.read_text())
 
 
 if __name__ == "__main__":

@@ -189,6 +189,11 @@ class ELSAModifier(Modifier):
 
         :raises ValueError: if the run cannot work; the message says which field to change
         """
+        processes = Accelerator().num_processes
+        if processes > 1:
+            raise ValueError(
+                f"ELSAModifier runs in one process so far, not in {processes}; start it without a launcher"
+            )
         targets = self._find_targets(state.model)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
