@@ -66,7 +66,7 @@ def main() -> None:
         "",
         "`python -m benchmarks.step_overhead` prints and writes this.",
         "",
-        "| form | support | fused Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 | bytes a weight |",
+        "| form | support | Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 | bytes a weight |",
         "|---" * 8 + "|",
     ]
     forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")

@@ -71,8 +71,13 @@ def test_scaled_dual_keeps_the_unscaled_one():
     state.update(x, 0.1)
     y = 0.1 * state.dual(0.1)
     close(0.4 * state.dual(0.4), y)
-    # No dual is invented or lost while the penalty is zero.
-    close(state.dual(0.0), state.dual(0.1))
+
+
+def test_no_dual_builds_up_without_a_penalty():
+    x = torch.randn(8, 8)
+    state = ADMMState(x, 16, MaskStructure())
+    state.update(x, 0.0)
+    assert not state.dual(0.0).any() and not state.dual(0.1).any()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 33)])

@@ -1,9 +1,11 @@
 """The ADMM pair (z, u) of one weight, held as one dense tensor and one bit a weight.
 
 With ``v = x + u`` and the mask ``M`` that the projection selects, ``z = v M`` and the new dual is
-``u = v - z = v (1 - M)``: their supports are disjoint. So one tensor holds both: the *anchor* ``a = z - u``, which is
-also all that the x-update reads, since its proximal term pulls ``x`` towards ``z - u``. (The anchor is the reflection
+``u = v - z = v (1 - M)``: their supports are disjoint, so one tensor holds both. (Its form ``z - u`` is the reflection
 ``(2 Proj - I) v`` of Douglas-Rachford splitting.) That is 4.125 bytes a weight in fp32 where two tensors take 8.
+
+Off the support it is the unscaled dual ``y = penalty * u`` that is stored. A schedule that changes the penalty must
+leave ``y`` as it is and rescale ``u``; so nothing has to be done, and the proximal term is ``penalty (x - z) + y``.
 """
 
 import torch
@@ -18,9 +20,6 @@ __all__ = ["ADMMState"]
 class ADMMState:
     """Split variable ``z`` and scaled dual ``u`` of one weight ``x``.
 
-    ``u`` is the scaled dual ``y / penalty``. It is stored at the penalty of the last update; at another penalty it is
-    read as ``u * penalty_then / penalty_now``, so that ``y`` stays what it was however the penalty is scheduled.
-
     :param x: the weight, fp32; the state takes its shape and device
     :param keep: how many entries stay (an N:M structure decides this itself and ignores it)
     :param structure: the zero pattern
@@ -32,29 +31,28 @@ class ADMMState:
         self.keep = keep
         self.structure = structure
         self.free_support = free_support
-        self._penalty = 0.0
         mask = sparse_mask(projection_scores(x.detach()), keep, structure)
         self._bits = pack_bits(mask)
-        # u = 0 and z = Proj(x): there is no dual yet, and a free support needs no anchor of its own.
-        self._anchor = torch.zeros_like(x) if free_support else x.detach() * mask
+        # z on the support, -y off it. At first z = Proj(x) and y = 0; a free support, where z is x, stores no z.
+        self._pair = torch.zeros_like(x) if free_support else x.detach() * mask
 
     @property
     def mask(self) -> Tensor:
         """Kept entries, bool, the shape of the weight."""
-        return unpack_bits(self._bits, self._anchor.shape)
+        return unpack_bits(self._bits, self._pair.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes this state holds."""
-        return self._anchor.nbytes + self._bits.nbytes
+        return self._pair.nbytes + self._bits.nbytes
 
     def split(self, x: Tensor) -> Tensor:
-        """``z``, fp32, of which ``x`` is the weight: on the support the anchor, or ``x`` itself when it is free."""
-        return (x.detach() if self.free_support else self._anchor) * self.mask
+        """``z``, fp32, of which ``x`` is the weight."""
+        return (x.detach() if self.free_support else self._pair) * self.mask
 
     def dual(self, penalty: float) -> Tensor:
-        """``u``, fp32, scaled for the given penalty: zero on the support."""
-        return self._anchor * select_by_bits(self._bits, self._anchor.shape, 0.0, -self._dual_scale(penalty))
+        """``u = y / penalty``, fp32, zero on the support and at a penalty of 0 (which has built up no dual)."""
+        return self._pair * select_by_bits(self._bits, self._pair.shape, 0.0, _negated_inverse(penalty))
 
     @torch.no_grad()
     def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
@@ -67,44 +65,38 @@ class ADMMState:
         :returns: zero-dimensional int64 tensor on the weight's device
         :raises ValueError: if ``x`` or ``fisher`` is not finite
         """
-        # The anchor becomes v in place: nothing the size of the weight is held twice but the scores.
-        v = self._anchor.mul_(select_by_bits(self._bits, x.shape, 0.0, -self._dual_scale(penalty), scratch)).add_(x)
+        # The pair becomes v in place: nothing the size of the weight is held twice but the scores.
+        v = self._pair.mul_(select_by_bits(self._bits, x.shape, 0.0, _negated_inverse(penalty), scratch)).add_(x)
         bits = pack_bits(sparse_mask(projection_scores(v, fisher), self.keep, self.structure))
-        # y = penalty * u: without a penalty no dual builds up, or it would pull with full force once there is one.
-        off_support = -1.0 if penalty > 0 else 0.0
-        v.mul_(select_by_bits(bits, x.shape, 0.0 if self.free_support else 1.0, off_support, scratch))
+        v.mul_(select_by_bits(bits, x.shape, 0.0 if self.free_support else 1.0, -penalty, scratch))
         entered = count_entered(bits, self._bits)
-        self._bits, self._penalty = bits, penalty
+        self._bits = bits
         return entered
 
     @torch.no_grad()
     def pull_(self, x: Tensor, penalty: float, scratch: Tensor | None = None) -> None:
-        """Decoupled proximal step, in place: ``x <- x - penalty (x - z + u)``, ``0 <= penalty <= 1``.
+        """Decoupled proximal step, in place: ``x <- x - penalty (x - z) - y``, ``0 <= penalty <= 1``.
 
         :param scratch: fp32 buffer of at least ``x.numel() + 7`` entries that the step may overwrite
         """
-        stored = penalty * self._dual_scale(penalty)
         if self.free_support:
-            # The anchor is zero on the support, so only the decay has to know the mask.
-            x.mul_(select_by_bits(self._bits, x.shape, 1.0, 1.0 - penalty, scratch))
-            x.add_(self._anchor, alpha=stored)
+            # The pair is zero on the support, so only the decay has to know the mask.
+            torch.addcmul(self._pair, x, select_by_bits(self._bits, x.shape, 1.0, 1.0 - penalty, scratch), out=x)
         else:
             x.mul_(1.0 - penalty)
-            x.addcmul_(self._anchor, select_by_bits(self._bits, x.shape, penalty, stored, scratch))
+            x.addcmul_(self._pair, select_by_bits(self._bits, x.shape, penalty, 1.0, scratch))
 
     @torch.no_grad()
     def add_proximal_gradient_(self, grad: Tensor, x: Tensor, penalty: float, scratch: Tensor | None = None) -> None:
-        """Coupled proximal term, in place: ``grad <- grad + penalty (x - z + u)``.
+        """Coupled proximal term, in place: ``grad <- grad + penalty (x - z) + y``.
 
         :param scratch: as for :meth:`pull_`
         """
-        stored = penalty * self._dual_scale(penalty)
         if self.free_support:
-            grad.addcmul_(x, select_by_bits(self._bits, x.shape, 0.0, penalty, scratch))
-            grad.add_(self._anchor, alpha=-stored)
+            grad.addcmul_(x, select_by_bits(self._bits, x.shape, 0.0, penalty, scratch)).sub_(self._pair)
         else:
             grad.add_(x, alpha=penalty)
-            grad.addcmul_(self._anchor, select_by_bits(self._bits, x.shape, -penalty, -stored, scratch))
+            grad.addcmul_(self._pair, select_by_bits(self._bits, x.shape, -penalty, -1.0, scratch))
 
     @torch.no_grad()
     def apply_mask_(self, x: Tensor, scratch: Tensor | None = None) -> None:
@@ -117,9 +109,9 @@ class ADMMState:
         if self.free_support:
             gap = x * select_by_bits(self._bits, x.shape, 0.0, 1.0, scratch)
         else:
-            gap = x - self._anchor * select_by_bits(self._bits, x.shape, 1.0, 0.0, scratch)
+            gap = x - self._pair * select_by_bits(self._bits, x.shape, 1.0, 0.0, scratch)
         return torch.stack([gap.pow_(2).sum(), x.square().sum()])
 
-    def _dual_scale(self, penalty: float) -> float:
-        """``penalty at the last update / penalty``: what turns the stored dual into the one at this penalty."""
-        return self._penalty / penalty if self._penalty > 0 and penalty > 0 else 1.0
+
+def _negated_inverse(penalty: float) -> float:
+    return -1.0 / penalty if penalty > 0 else 0.0
