@@ -38,6 +38,7 @@ demo: setup
 # The figures in docs/results; hours on a laptop.
 benchmarks: setup
 	$(BIN)/python -m benchmarks.compare_methods
+	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.step_overhead
 
 clean:

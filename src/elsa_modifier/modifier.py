@@ -22,6 +22,7 @@ from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleNam
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.data import batches_from_calibration
+from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import trainable
 
@@ -99,7 +100,7 @@ class ELSAModifier(Modifier):
     :param batch_size: sequences in a forward pass; a DataLoader of your own brings its own
     :param gradient_accumulation_steps: forward passes in an optimizer step
     :param sequence_length: tokens in a sequence; at most what the model's positions allow
-    :param lr: peak learning rate; None chooses one from the sparsity
+    :param lr: peak learning rate; None chooses one from the steps, the model's width and the sparsity
     :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
     :param betas: Adam's two decay rates
@@ -288,7 +289,7 @@ class ELSAModifier(Modifier):
         parameters = [p for p in model.parameters() if p.requires_grad]
         base = _OPTIMIZERS[self.optimizer](
             parameters,
-            lr=self.lr or default_learning_rate(weights),
+            lr=self.lr or self._default_learning_rate(model, weights),
             betas=tuple(self.betas),
             fused=parameters[0].device.type in ("cpu", "cuda"),
         )
@@ -303,6 +304,15 @@ class ELSAModifier(Modifier):
             projection=self.projection,
             freeze_step=freeze_step,
         )
+
+    def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:
+        width = getattr(model.config.get_text_config(), "hidden_size", None) or weights[0].weight.shape[1]
+        kept = sum(w.keep for w in weights) / sum(w.weight.numel() for w in weights)
+        rate = default_learning_rate(steps=self.steps, width=width, sparsity=1 - kept)
+        logger.info(
+            f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."
+        )
+        return rate
 
     def _usable_sequence_length(self, model: PreTrainedModel) -> int:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.sequence_length
@@ -333,12 +343,6 @@ class ELSAModifier(Modifier):
             return result
 
         model.save_pretrained = save_pretrained
-
-
-def default_learning_rate(weights: list[PrunedWeight]) -> float:
-    """Learning rate for the sparsity of the whole: the more is pruned, the farther the kept weights have to travel."""
-    kept = sum(w.keep for w in weights) / sum(w.weight.numel() for w in weights)
-    return 5e-4 if kept < 0.35 else 2e-4
 
 
 def _first_token(token: int | list[int] | None) -> int | None:
