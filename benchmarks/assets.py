@@ -64,7 +64,10 @@ def model_directory() -> Path:
         model.load_state_dict(loaded.state_dict())
         partial = directory.with_suffix(".partial")
         model.to(torch.bfloat16).save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # GGUF does not say; without a limit llm-compressor cannot tokenize when max_seq_length is not given.
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(partial)
         partial.rename(directory)
     return directory
 
