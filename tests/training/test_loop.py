@@ -84,7 +84,7 @@ def test_divergence_is_met_before_it_reaches_a_weight(load):
 
 
 def test_labels_that_are_all_masked_are_refused(load):
-    with pytest.raises(ValueError, match="step 1 has no token to predict"):
+    with pytest.raises(ValueError, match="a batch has no token to predict"):
         run(load(), labels=torch.full_like(sequences(), IGNORED_LABEL))
 
 

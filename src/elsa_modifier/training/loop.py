@@ -1,5 +1,6 @@
 """The training run: loss, gradients, clipping, the ADMM step, a progress bar and a history."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -76,27 +77,16 @@ def train(
     :param label: what the progress bar is called
     :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight
     """
-    device = accelerator.device
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = time.perf_counter()
-    residual = float("nan")
+    residual = ""
     seen = 0
     with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
         for step in range(steps):
-            micro_batches = [{k: v.to(device) for k, v in b.items()} for b in batches.micro_batches(step)]
-            tokens = sum(count_targets(b["labels"]) for b in micro_batches)
-            if tokens == 0:
-                raise ValueError(f"the batch of step {step + 1} has no token to predict: every label is masked out")
-            loss = torch.zeros((), device=device)
-            for batch in micro_batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    # Over the tokens of the whole step, so that accumulation does not change the result.
-                    part = next_token_loss(model, batch) / tokens
-                accelerator.backward(part)
-                loss += part.detach()
+            loss, tokens = _accumulate_gradients(model, batches.micro_batches(step), precision, accelerator)
             norm = nn.utils.get_total_norm(_gradients(parameters))
             mean_loss, grad_norm = torch.stack([loss, norm]).tolist()
-            if not (torch.tensor([mean_loss, grad_norm]).isfinite().all()):
+            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
                 raise TrainingDiverged(
                     f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}. Lower lr (now "
                     f"{scheduler.get_last_lr()[0]:g}), add warmup_steps, or set precision to 'fp32'; "
@@ -113,7 +103,7 @@ def train(
             seen += tokens
             projected = optimizer.projection_count > projections
             if projected:
-                residual = float(optimizer.last_residual)
+                residual = f" residual {float(optimizer.last_residual):.3f}"
             seconds = time.perf_counter() - started
             record = StepRecord(
                 step=step + 1,
@@ -124,15 +114,33 @@ def train(
                 tokens=tokens,
                 seconds=round(seconds, 3),
                 sparsity=optimizer.sparsity if optimizer.frozen else 0.0,
-                residual=residual if projected else None,
+                residual=float(optimizer.last_residual) if projected else None,
                 mask_entered=int(optimizer.last_entered) if projected else None,
             )
             history.append(record)
             bar.set_postfix_str(
-                f"loss {mean_loss:.3f} residual {residual:.3f} penalty {penalty:.2g} "
+                f"loss {mean_loss:.3f}{residual} penalty {penalty:.2g} "
                 f"sparsity {record.sparsity:.3f} {seen / seconds:,.0f} tok/s"
             )
             bar.update()
+
+
+def _accumulate_gradients(
+    model: nn.Module, micro_batches: list[dict[str, Tensor]], precision: Precision, accelerator: Accelerator
+) -> tuple[Tensor, int]:
+    """Forward and backward of one optimizer step: its mean loss per predicted token, and how many those are."""
+    device = accelerator.device
+    tokens = sum(count_targets(batch["labels"]) for batch in micro_batches)
+    if tokens == 0:
+        raise ValueError("a batch has no token to predict: every label is masked out")
+    total = torch.zeros((), device=device)
+    for batch in micro_batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # Over the tokens of the whole step, so that accumulation does not change the result.
+            loss = next_token_loss(model, {key: value.to(device) for key, value in batch.items()}) / tokens
+        accelerator.backward(loss)
+        total += loss.detach()
+    return total, tokens
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
