@@ -258,6 +258,16 @@ def test_smoothquant_before_elsa(load, texts):
     assert_pruned(model, 0.9)
 
 
+def test_an_offloaded_model(load, texts):
+    from compressed_tensors.offload import set_onload_device
+
+    plain = oneshot(model=load("llama-tied"), dataset=texts, recipe=[elsa()])
+    offloaded = set_onload_device(load("llama-tied"), "cpu")
+    offloaded = oneshot(model=offloaded, dataset=texts, recipe=[elsa()])
+    for (name, first), second in zip(plain.named_parameters(), offloaded.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
 def test_quantizing_before_pruning_is_refused(load, texts):
     from llmcompressor.modifiers.quantization import QuantizationModifier
 

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, fi
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from elsa_modifier.admm.bitmask import pack_bits, unpack_bits
+from elsa_modifier.admm.bitmask import unpack_bits
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
 from elsa_modifier.admm.projection import parse_mask_structure
@@ -243,10 +243,10 @@ class ELSAModifier(Modifier):
                 accelerator=accelerator,
                 history=self._history,
             )
-            for target, mask in zip(targets, optimizer.masks.values(), strict=True):
-                self._masks[target.name] = (pack_bits(mask).cpu(), mask.shape)
+            for target, pair in zip(targets, optimizer.states, strict=True):
+                self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
-                target.weight.data.masked_fill_(~mask, 0.0)
+                target.weight.data.masked_fill_(~pair.mask, 0.0)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -257,9 +257,9 @@ class ELSAModifier(Modifier):
             raise RuntimeError("ELSAModifier has not trained: its calibration never started")
         modules = dict(state.model.named_modules())
         pruned = lost = 0
-        for name, mask in self.masks.items():
+        for name, (bits, shape) in self._masks.items():
             module = modules[name]
-            outside = ~mask.to(get_execution_device(module))
+            outside = ~unpack_bits(bits.to(get_execution_device(module)), shape)
             weight = module.weight.detach()
             returned = int((weight[outside] != 0).sum())
             pruned += int(outside.sum())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.utils import match_named_modules
 from compressed_tensors.utils.match import is_match
 from loguru import logger
@@ -50,6 +51,18 @@ def find_targets(
         none matches stays dense
     :raises ValueError: if nothing matches, a pattern matches nothing, or a weight does not fit the mask structure
     """
+    # Without it an offloaded weight would be a new tensor at every look, and what is tied could not be told.
+    with OffloadCache.disable_onloading():
+        return _find_targets(model, targets, ignore, sparsity, structure)
+
+
+def _find_targets(
+    model: PreTrainedModel,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    sparsity: float | Mapping[str, float],
+    structure: MaskStructure,
+) -> list[Target]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     unmatched = set(sparsity) if isinstance(sparsity, Mapping) else set()
     seen: set[int] = set()

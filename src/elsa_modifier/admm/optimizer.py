@@ -44,6 +44,9 @@ class ADMMOptimizer:
     3. at ``freeze_step`` a last projection. From then on the mask is fixed, the penalty gone, and every weight outside
        the mask is exactly zero after each step.
 
+    ``last_residual`` and ``last_entered`` are the primal residual just before the last projection and how many weights
+    entered a mask in it: zero-dimensional tensors on the weights' device.
+
     Gradients must already be averaged over data-parallel ranks; the penalty is never divided by their number.
 
     :param base: optimizer on ``f``; a Fisher projection needs one that keeps ``exp_avg_sq`` (the Adam family)
@@ -54,9 +57,6 @@ class ADMMOptimizer:
     :param interval: optimizer steps between z- and u-updates
     :param projection: ``fisher`` weighs entries by the base optimizer's second moment, ``magnitude`` does not
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
-    ``last_residual`` and ``last_entered`` are the primal residual just before the last projection and how many weights
-    entered a mask in it: zero-dimensional tensors on the weights' device.
-
     :raises ValueError: for an empty list, an interval below 1, or a decoupled penalty outside [0, 1]
     """
 
@@ -147,9 +147,6 @@ class ADMMOptimizer:
         sums = torch.stack([s.residual_sums(w.weight.detach(), self._scratch) for w, s in self._pairs()]).sum(dim=0)
         return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
-    def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
-        return list(zip(self.weights, self.states, strict=True))
-
     def project(self) -> None:
         """The z- and u-updates of all weights; :meth:`step` calls this when it is time."""
         # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
@@ -163,6 +160,9 @@ class ADMMOptimizer:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
         self.last_residual, self.last_entered = residual, torch.stack(entered).sum()
+
+    def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
+        return list(zip(self.weights, self.states, strict=True))
 
     def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
         if self.projection == "magnitude":

@@ -42,6 +42,11 @@ class ADMMState:
         return unpack_bits(self._bits, self._pair.shape)
 
     @property
+    def bits(self) -> Tensor:
+        """The mask, packed by :func:`~elsa_modifier.admm.bitmask.pack_bits`."""
+        return self._bits
+
+    @property
     def nbytes(self) -> int:
         """Bytes this state holds."""
         return self._pair.nbytes + self._bits.nbytes
