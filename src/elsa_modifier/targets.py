@@ -53,22 +53,12 @@ def find_targets(
     """
     # Without it an offloaded weight would be a new tensor at every look, and what is tied could not be told.
     with OffloadCache.disable_onloading():
-        return _find_targets(model, targets, ignore, sparsity, structure)
-
-
-def _find_targets(
-    model: PreTrainedModel,
-    targets: Sequence[str],
-    ignore: Sequence[str],
-    sparsity: float | Mapping[str, float],
-    structure: MaskStructure,
-) -> list[Target]:
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matched = [(n, m, getattr(m, "weight", None)) for n, m in match_named_modules(model, targets, ignore)]
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     unmatched = set(sparsity) if isinstance(sparsity, Mapping) else set()
     seen: set[int] = set()
     found = []
-    for name, module in match_named_modules(model, targets, ignore):
-        weight = getattr(module, "weight", None)
+    for name, module, weight in matched:
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"targets matches {name} ({type(module).__name__}), which has no floating-point weight matrix; "
