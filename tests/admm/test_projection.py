@@ -16,7 +16,7 @@ FLOAT32 = dict(dtype=torch.float32)
 
 @st.composite
 def matrices(draw, columns=None):
-    rows, cols = draw(st.integers(1, 8)), draw(columns or st.integers(1, 40))
+    rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 40) if columns is None else columns)
     return torch.tensor(draw(st.lists(VALUES, min_size=rows * cols, max_size=rows * cols)), **FLOAT32).view(rows, cols)
 
 
