@@ -40,6 +40,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.compare_methods
 	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.reproducibility
 
 clean:
 	rm -rf $(VENV) .assets out

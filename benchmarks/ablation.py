@@ -9,12 +9,17 @@ from elsa_modifier import ELSAModifier
 TABLE = DOCS / "ablation.md"
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "rho 1": {"penalty": {"value": 1.0}},
     "rho 0.1": {"penalty": {"value": 0.1}},
     "rho 0.03": {"penalty": {"value": 0.03}},
     "held support": {"penalty": {"free_support": False}},
     "coupled, free support, lam 1": {"penalty": {"form": "coupled", "value": 1.0}},
     "coupled, free support, lam 0.1": {"penalty": {"form": "coupled", "value": 0.1}},
     "coupled, free support, lam 0.01": {"penalty": {"form": "coupled", "value": 0.01}},
+    "coupled, free support, lam 0.1, magnitude projection": {
+        "penalty": {"form": "coupled", "value": 0.1},
+        "projection": "magnitude",
+    },
     "coupled, held support, lam 0.1": {"penalty": {"form": "coupled", "value": 0.1, "free_support": False}},
     "magnitude projection": {"projection": "magnitude"},
     "interval 32": {"interval": 32},
