@@ -31,14 +31,14 @@ class Results:
         self._file = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
         self._held_out = evaluation_sequences(AutoTokenizer.from_pretrained(model_directory()), length=LENGTH)
 
-    def measure(self, label: str, sparsity: float, modifier: Any = None, **fields: Any) -> None:
+    def measure(self, label: str, sparsity: float, modifier: Any = None) -> None:
         """Prune SmolLM2 with a modifier, by magnitude without one, or not at all at sparsity 0; append perplexities."""
         torch.manual_seed(0)
         started = time.perf_counter()
         model = _prune(modifier, sparsity)
         minutes = (time.perf_counter() - started) / 60
         row = {"label": label, "sparsity": sparsity, "minutes": round(minutes, 2), "zeros": linear_sparsity(model)}
-        row |= {title: round(perplexity(model, ids), 2) for title, ids in self._held_out.items()} | fields
+        row |= {title: round(perplexity(model, ids), 2) for title, ids in self._held_out.items()}
         print(row, flush=True)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:

@@ -67,21 +67,19 @@ def train(
     precision: Precision,
     accelerator: Accelerator,
     history: list[StepRecord],
-    label: str = "ELSA",
 ) -> None:
     """Run ``steps`` optimizer steps and append a record of each to ``history``.
 
     :param model: in training mode, on the accelerator's device, fp32 parameters
     :param max_grad_norm: clip the global gradient norm to this; None does not clip
     :param precision: ``bf16`` runs forward and backward under autocast
-    :param label: what the progress bar is called
     :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = time.perf_counter()
     residual = ""
     seen = 0
-    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar:
         for step in range(steps):
             loss, tokens = _accumulate_gradients(model, batches.micro_batches(step), precision, accelerator)
             norm = nn.utils.get_total_norm(_gradients(parameters))
