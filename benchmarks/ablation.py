@@ -3,10 +3,9 @@
 import argparse
 from typing import Any
 
-from benchmarks.measuring import BUDGET, DOCS, LENGTH, Results
+from benchmarks.measuring import BUDGET, LENGTH, Results, publish
 from elsa_modifier import ELSAModifier
 
-TABLE = DOCS / "ablation.md"
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "rho 1": {"penalty": {"value": 1.0}},
@@ -47,9 +46,7 @@ def write_table(results: Results) -> None:
         for name in VARIANTS:
             if row := latest.get((name, sparsity)):
                 lines.append(f"| {name} | {row['C4']:,.1f} | {row['Wikipedia']:,.1f} | {row['minutes']:.1f} |")
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n")
-    print(TABLE.read_text())
+    publish("ablation", lines)
 
 
 def main() -> None:

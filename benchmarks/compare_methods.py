@@ -12,10 +12,8 @@ from typing import Any
 import yaml
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
-from benchmarks.measuring import BUDGET, CALIBRATION_SAMPLES, DOCS, LENGTH, ROOT, Results
+from benchmarks.measuring import BUDGET, CALIBRATION_SAMPLES, LENGTH, ROOT, Results, publish
 from elsa_modifier import ELSAModifier
-
-TABLE = DOCS / "compare_methods.md"
 
 
 def _published(sparsity: float) -> dict[str, Any]:
@@ -59,9 +57,7 @@ def write_table(results: Results) -> None:
         rows = [latest.get((method, sparsity)) for sparsity in sparsities]
         cells = [f"{r['C4']:,.1f} / {r['Wikipedia']:,.1f} ({r['minutes']:.1f})" if r else "" for r in rows]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n")
-    print(TABLE.read_text())
+    publish("compare_methods", lines)
 
 
 def main() -> None:

@@ -6,17 +6,18 @@ from transformers import PreTrainedModel
 
 from elsa_modifier.admm import sparse_mask
 
-__all__ = ["linear_sparsity", "prune_by_magnitude_"]
+__all__ = ["linear_sparsity", "prune_by_magnitude_", "pruned_linears"]
 
 
-def _pruned_linears(model: PreTrainedModel) -> list[nn.Linear]:
+def pruned_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """Every Linear but ``lm_head``."""
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
 
 
 @torch.no_grad()
 def prune_by_magnitude_(model: PreTrainedModel, sparsity: float) -> None:
     """Zero exactly the given fraction of every Linear's weight but ``lm_head``'s, in place."""
-    for module in _pruned_linears(model):
+    for module in pruned_linears(model):
         weight = module.weight
         mask = sparse_mask(weight.abs().float(), weight.numel() - round(sparsity * weight.numel()))
         weight.masked_fill_(~mask, 0.0)
@@ -24,5 +25,5 @@ def prune_by_magnitude_(model: PreTrainedModel, sparsity: float) -> None:
 
 def linear_sparsity(model: PreTrainedModel) -> float:
     """Fraction of zeros over all Linears but ``lm_head``."""
-    weights = [module.weight for module in _pruned_linears(model)]
+    weights = [module.weight for module in pruned_linears(model)]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)

@@ -14,10 +14,9 @@ from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
 from elsa_modifier import ELSAModifier
 from elsa_modifier.evaluation import perplexity
 
-__all__ = ["BUDGET", "CALIBRATION_SAMPLES", "DOCS", "LENGTH", "Results"]
+__all__ = ["BUDGET", "CALIBRATION_SAMPLES", "LENGTH", "ROOT", "Results", "publish"]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "results"
 LENGTH = 512
 # The same 65,536 tokens for methods that train and for those that calibrate.
 CALIBRATION_SAMPLES = 128
@@ -48,6 +47,14 @@ class Results:
         """The last row of each label and sparsity."""
         rows = [json.loads(line) for line in self._file.read_text().splitlines()]
         return {(row["label"], row["sparsity"]): row for row in rows}
+
+
+def publish(name: str, lines: list[str]) -> None:
+    """Write a Markdown page to ``docs/results/<name>.md`` and print it."""
+    page = ROOT / "docs" / "results" / f"{name}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines) + "\n")
+    print(page.read_text())
 
 
 def _prune(modifier: Any, sparsity: float) -> PreTrainedModel:

@@ -9,19 +9,19 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.assets import model_directory
+from benchmarks.magnitude import pruned_linears
+from benchmarks.measuring import publish
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "results" / "step_overhead.md"
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -38,8 +38,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
     rows = torch.randint(0, model.config.vocab_size, (4, 256))
     batch = {"input_ids": rows, "labels": rows}
-    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    parameters = [m.weight for m in linears if isinstance(m.weight, nn.Parameter)]
+    parameters = [m.weight for m in pruned_linears(model) if isinstance(m.weight, nn.Parameter)]
     weights = [PrunedWeight("", p, p.numel() // 5, MaskStructure()) for p in parameters]
     pruned = sum(w.weight.numel() for w in weights)
     base = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
@@ -92,9 +91,7 @@ def main() -> None:
             cells = [form, "free" if free else "held", f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
             cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{optimizer.state_nbytes / pruned:.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n")
-    print(TABLE.read_text())
+    publish("step_overhead", lines)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = time.perf_counter()
-    residual = ""
+    shown_residual = ""
     seen = 0
     with tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar:
         for step in range(steps):
@@ -100,8 +100,9 @@ def train(
             optimizer.zero_grad()
             seen += tokens
             projected = optimizer.projection_count > projections
-            if projected:
-                residual = f" residual {float(optimizer.last_residual):.3f}"
+            residual = float(optimizer.last_residual) if projected else None
+            if residual is not None:
+                shown_residual = f" residual {residual:.3f}"
             seconds = time.perf_counter() - started
             record = StepRecord(
                 step=step + 1,
@@ -112,12 +113,12 @@ def train(
                 tokens=tokens,
                 seconds=round(seconds, 3),
                 sparsity=optimizer.sparsity if optimizer.frozen else 0.0,
-                residual=float(optimizer.last_residual) if projected else None,
+                residual=residual,
                 mask_entered=int(optimizer.last_entered) if projected else None,
             )
             history.append(record)
             bar.set_postfix_str(
-                f"loss {mean_loss:.3f}{residual} penalty {penalty:.2g} "
+                f"loss {mean_loss:.3f}{shown_residual} penalty {penalty:.2g} "
                 f"sparsity {record.sparsity:.3f} {seen / seconds:,.0f} tok/s"
             )
             bar.update()
