@@ -1,15 +1,19 @@
 """ELSA for llm-compressor: prune language models to 50-95% sparsity on their true loss.
 
-Importing this package makes ``ELSAModifier`` a name that recipes can use.
+Importing this package makes ``ELSAModifier`` a name that recipes can use, and sparse checkpoints something that
+transformers' ``from_pretrained`` takes.
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
 from elsa_modifier.modifier import ELSAModifier, Penalty
+from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
+from elsa_sparse.transformers_loading import teach_from_pretrained
 
-__all__ = ["ELSAModifier", "Penalty"]
+__all__ = ["ELSAModifier", "Penalty", "SparseCheckpointError", "load_sparse", "save_sparse"]
 
 __version__ = "0.1.0"
 
 # Under the class's own name, since that is what recipe.yaml is written with.
 ModifierFactory.register(ELSAModifier.__name__, ELSAModifier)
+teach_from_pretrained()

@@ -1,9 +1,6 @@
 """ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
-import os
-from functools import wraps
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,15 +17,15 @@ from elsa_modifier.admm.bitmask import unpack_bits
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
 from elsa_modifier.admm.projection import parse_mask_structure
+from elsa_modifier.saving import extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import trainable
+from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier", "Penalty"]
-
-HISTORY_FILE = "elsa_history.json"
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -114,6 +111,8 @@ class ELSAModifier(Modifier):
         accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
     :param seed: of the order of the data and of dropout
     :param precision: ``bf16`` (fp32 weights, bf16 autocast) or ``fp32``
+    :param checkpoint: how ``output_dir`` and ``save_pretrained`` write the model: ``dense``, as ever, or in the sparse
+        format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -138,6 +137,7 @@ class ELSAModifier(Modifier):
     finalize_at: float = Field(0.8, ge=0, le=1, validation_alias=AliasChoices("finalize", "finalize_at"))
     seed: int = Field(0, ge=0)
     precision: Precision = "bf16"
+    checkpoint: Encoding = "dense"
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
@@ -274,7 +274,7 @@ class ELSAModifier(Modifier):
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
         else:
             logger.info(message)
-        self._write_history_on_save(state.model)
+        extend_save_pretrained(state.model, history=self._history_json(), checkpoint=self.checkpoint)
         return True
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
@@ -324,25 +324,9 @@ class ELSAModifier(Modifier):
     def _calibration_loader(state: State) -> Any:
         return None if state.data is None else state.data.calib
 
-    def _write_history_on_save(self, model: PreTrainedModel) -> None:
-        inner = model.save_pretrained
-        content = json.dumps(
-            {
-                "modifier": {k: v for k, v in self.model_dump().items() if not k.endswith("_")},
-                "steps": [record.as_dict() for record in self._history],
-            },
-            indent=1,
-        )
-
-        @wraps(inner)
-        def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-            result = inner(save_directory, *args, **kwargs)
-            partial = Path(save_directory) / f".{HISTORY_FILE}.partial"
-            partial.write_text(content)
-            partial.replace(Path(save_directory) / HISTORY_FILE)
-            return result
-
-        model.save_pretrained = save_pretrained
+    def _history_json(self) -> str:
+        recipe = {k: v for k, v in self.model_dump().items() if not k.endswith("_")}
+        return json.dumps({"modifier": recipe, "steps": [record.as_dict() for record in self._history]}, indent=1)
 
 
 def _first_token(token: int | list[int] | None) -> int | None:

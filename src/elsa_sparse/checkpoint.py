@@ -1,0 +1,241 @@
+"""Reading a sparse checkpoint: a directory of safetensors shards whose ``config.json`` says how tensors are stored.
+
+::
+
+    config.json                                 the model's, with one more key:
+        "elsa_sparse": {"version": 1, "tensors": {"model...q_proj.weight": {entry}, ...}}
+    sparse-model-00001-of-00002.safetensors     parts of tensors
+    sparse-model.safetensors.index.json         {"metadata": {"total_size": bytes}, "weight_map": {part: file}}
+
+The shards are not called ``model-...`` on purpose: whatever does not know the format then fails to find a model,
+instead of initializing one at random.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elsa_sparse.entry import TensorEntry, decode
+from elsa_sparse.errors import SparseCheckpointError
+from elsa_sparse.symbols import SAFETENSORS_DTYPES
+
+__all__ = ["CONFIG_FILE", "CONFIG_KEY", "FORMAT_VERSION", "INDEX_FILE", "Shards", "SparseCheckpoint", "read_json"]
+
+CONFIG_FILE = "config.json"
+CONFIG_KEY = "elsa_sparse"
+FORMAT_VERSION = 1
+INDEX_FILE = "sparse-model.safetensors.index.json"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    :raises SparseCheckpointError: if there is no such file or it holds anything else
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SparseCheckpointError("there is no such file: the checkpoint is not complete", file=file) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SparseCheckpointError(f"cannot be read as JSON: {error}", file=file) from error
+    if not isinstance(data, dict):
+        raise SparseCheckpointError("is not a JSON object", file=file)
+    return data
+
+
+class Shards:
+    """The safetensors files of a checkpoint, opened; their parts by name. Closed at the end of a ``with`` block.
+
+    :raises SparseCheckpointError: if a file is missing or is not a safetensors file
+    """
+
+    def __init__(self, directory: Path, files: list[str]) -> None:
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+        self.file_of: dict[str, str] = {}
+        for file in files:
+            path = directory / file
+            if Path(file).name != file or not path.is_file():
+                raise SparseCheckpointError("there is no such file in the checkpoint", file=path)
+            try:
+                shard: Any = safe_open(path, framework="pt")
+                shard.__enter__()
+            except (SafetensorError, OSError) as error:
+                raise SparseCheckpointError(f"is truncated or not a safetensors file: {error}", file=path) from error
+            self._open[file] = shard
+            for part in shard.keys():  # noqa: SIM118  (not a mapping)
+                if part in self.file_of:
+                    raise SparseCheckpointError(f"{part} is also in {self.file_of[part]}", file=path)
+                self.file_of[part] = file
+
+    def read(self, part: str) -> Tensor:
+        """One part, from disk."""
+        file = self.file_of[part]
+        try:
+            tensor: Tensor = self._open[file].get_tensor(part)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise SparseCheckpointError(f"{part} cannot be read: {error}", file=self.directory / file) from error
+        return tensor
+
+    def metadata(self, file: str) -> dict[str, str] | None:
+        """What a file's header says beside its parts."""
+        metadata: dict[str, str] | None = self._open[file].metadata()
+        return metadata
+
+    def describe(self, part: str) -> tuple[torch.dtype, torch.Size]:
+        """A part's dtype and shape, from the header."""
+        file = self.file_of[part]
+        piece = self._open[file].get_slice(part)
+        if piece.get_dtype() not in SAFETENSORS_DTYPES:
+            raise SparseCheckpointError(f"{part} is {piece.get_dtype()}", file=self.directory / file)
+        return SAFETENSORS_DTYPES[piece.get_dtype()], torch.Size(piece.get_shape())
+
+    def bytes_of(self, part: str) -> int:
+        """Size of a part."""
+        dtype, shape = self.describe(part)
+        return shape.numel() * dtype.itemsize
+
+    def close(self) -> None:
+        for shard in self._open.values():
+            shard.__exit__(None, None, None)
+        self._open.clear()
+
+
+class SparseCheckpoint:
+    """A sparse checkpoint, opened and its structure checked; tensors are read, verified and rebuilt one at a time.
+
+    :param config: ``config.json``, as it is
+    :param entries: what is known of each tensor, by name, in the order of the files
+    """
+
+    def __init__(self, config: dict[str, Any], entries: dict[str, TensorEntry], shards: Shards) -> None:
+        self.config = config
+        self.entries = entries
+        self._shards = shards
+
+    @classmethod
+    def open(cls, directory: str | Path, config: dict[str, Any] | None = None) -> "SparseCheckpoint":
+        """Open a directory and compare table, index and headers; reads no weights.
+
+        :param config: the content of ``config.json`` if it is not in the directory
+        :raises SparseCheckpointError: if anything is missing, left over, or contradicts anything else
+        """
+        directory = Path(directory)
+        config_file = directory / CONFIG_FILE
+        config = read_json(config_file) if config is None else config
+        entries = _read_table(config, config_file)
+        index = read_json(directory / INDEX_FILE)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise SparseCheckpointError("weight_map is not a mapping of names to files", file=directory / INDEX_FILE)
+        shards = Shards(directory, sorted(set(weight_map.values())))
+        try:
+            _check_files(shards, index)
+            order = _check_parts(shards, entries)
+        except BaseException:
+            shards.close()
+            raise
+        return cls(config, {name: entries[name] for name in order}, shards)
+
+    def file_of(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self._shards.directory / self._shards.file_of[next(iter(self.entries[name].parts.values()))]
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor's parts in its file, without their header."""
+        return sum(self._shards.bytes_of(part) for part in self.entries[name].parts.values())
+
+    def read(self, name: str) -> Tensor:
+        """A dense tensor, on the CPU.
+
+        :raises SparseCheckpointError: if its parts are not what they should be
+        """
+        entry = self.entries[name]
+        parts = {part: self._shards.read(stored) for part, stored in entry.parts.items()}
+        try:
+            return decode(entry, parts)
+        except SparseCheckpointError as error:
+            raise SparseCheckpointError(str(error), file=self.file_of(name)) from error
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and dense tensors, in the order of the files."""
+        for name in self.entries:
+            yield name, self.read(name)
+
+    def verify(self) -> None:
+        """Read everything.
+
+        :raises SparseCheckpointError: at the first tensor that is not what it should be
+        """
+        for name in self.entries:
+            self.read(name)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._shards.close()
+
+    def __enter__(self) -> "SparseCheckpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_table(config: dict[str, Any], file: Path) -> dict[str, TensorEntry]:
+    if CONFIG_KEY not in config:
+        raise SparseCheckpointError(f"has no {CONFIG_KEY!r}: this is not a sparse checkpoint", file=file)
+    stated = config[CONFIG_KEY]
+    version = stated.get("version") if isinstance(stated, dict) else None
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise SparseCheckpointError(
+            f"{CONFIG_KEY}.version is {version!r}; this version of elsa-modifier reads {FORMAT_VERSION}", file=file
+        )
+    if stated.keys() != {"version", "tensors"} or not isinstance(stated["tensors"], dict):
+        raise SparseCheckpointError(f"{CONFIG_KEY} has to hold version and tensors, and nothing else", file=file)
+    try:
+        return {name: TensorEntry.from_json(name, data) for name, data in stated["tensors"].items()}
+    except SparseCheckpointError as error:
+        raise SparseCheckpointError(str(error), file=file) from error
+
+
+def _check_files(shards: Shards, index: dict[str, Any]) -> None:
+    index_file = shards.directory / INDEX_FILE
+    weight_map = index["weight_map"]
+    for part in weight_map.keys() | shards.file_of.keys():
+        stated, found = weight_map.get(part), shards.file_of.get(part)
+        if stated != found:
+            raise SparseCheckpointError(
+                f"says that {stated or 'no file'} holds {part}; it is in {found or 'none'}", file=index_file
+            )
+    for file in set(shards.file_of.values()):
+        if shards.metadata(file) != {"format": "pt"}:
+            raise SparseCheckpointError('its header\'s metadata is not {"format": "pt"}', file=shards.directory / file)
+    total = sum(shards.bytes_of(part) for part in shards.file_of)
+    if index != {"metadata": {"total_size": total}, "weight_map": weight_map}:
+        raise SparseCheckpointError(f"metadata has to be a total_size of {total}", file=index_file)
+
+
+def _check_parts(shards: Shards, entries: dict[str, TensorEntry]) -> list[str]:
+    """Names of the tensors in the order of their files."""
+    owner: dict[str, str] = {}
+    for name, entry in entries.items():
+        for part in entry.parts.values():
+            if part not in shards.file_of:
+                raise SparseCheckpointError(f"{part} is missing", file=shards.directory / INDEX_FILE, tensor=name)
+            if part in owner:
+                raise SparseCheckpointError(
+                    f"{part} is also a part of {owner[part]}", file=shards.directory / CONFIG_FILE
+                )
+            owner[part] = name
+    for part, file in shards.file_of.items():
+        if part not in owner:
+            raise SparseCheckpointError(f"{part} belongs to no tensor in config.json", file=shards.directory / file)
+    return list(dict.fromkeys(owner[part] for part in shards.file_of))

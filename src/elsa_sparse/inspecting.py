@@ -1,0 +1,103 @@
+"""What a checkpoint holds: sparsity and bytes of every tensor, layer, and in all. Dense checkpoints are counted too."""
+
+import math
+import re
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from elsa_sparse.checkpoint import CONFIG_FILE, Shards, read_json
+from elsa_sparse.entry import TensorEntry, sparsity_of
+from elsa_sparse.opening import is_sparse, open_checkpoint
+from elsa_sparse.writing import dense_files
+
+__all__ = ["Row", "by_layer", "inspect", "summarize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A tensor, or several.
+
+    :param sparsity: fraction of zeros among the entries of its matrices; 0 without one
+    :param weights: entries of its matrices: tensors of two and more dimensions
+    :param encodings: how the tensors are stored
+    """
+
+    name: str
+    encodings: tuple[str, ...]
+    weights: int
+    sparsity: float
+    dense_bytes: int
+    stored_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes for each that is stored."""
+        return self.dense_bytes / max(1, self.stored_bytes)
+
+
+def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> list[Row]:
+    """One row a tensor, in the order of the files. A sparse checkpoint's weights are read only to be verified.
+
+    :raises SparseCheckpointError: if the directory is not a checkpoint, or not what it should be
+    """
+    if is_sparse(read_json(directory / CONFIG_FILE)):
+        with open_checkpoint(directory) as checkpoint:
+            if verify:
+                for _ in tqdm(checkpoint, total=len(checkpoint.entries), desc="verify", disable=not progress):
+                    pass
+            return [_row(entry, checkpoint.stored_bytes(name)) for name, entry in checkpoint.entries.items()]
+    rows = []
+    with closing(Shards(directory, dense_files(directory))) as shards:
+        for name in tqdm(shards.file_of, desc="read", unit="tensor", disable=not progress):
+            tensor = shards.read(name)
+            entry = TensorEntry(
+                name=name,
+                encoding="dense",
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                sparsity=sparsity_of(tensor),
+            )
+            rows.append(_row(entry, entry.dense_bytes))
+    return rows
+
+
+def _row(entry: TensorEntry, stored_bytes: int) -> Row:
+    is_matrix = len(entry.shape) > 1
+    return Row(
+        name=entry.name,
+        encodings=(entry.encoding,),
+        weights=math.prod(entry.shape) if is_matrix else 0,
+        sparsity=entry.sparsity if is_matrix else 0.0,
+        dense_bytes=entry.dense_bytes,
+        stored_bytes=stored_bytes,
+    )
+
+
+def summarize(name: str, rows: Iterable[Row]) -> Row:
+    """Several rows as one."""
+    rows = list(rows)
+    weights = sum(row.weights for row in rows)
+    return Row(
+        name=name,
+        encodings=tuple(sorted({encoding for row in rows for encoding in row.encodings})),
+        weights=weights,
+        sparsity=sum(row.sparsity * row.weights for row in rows) / max(1, weights),
+        dense_bytes=sum(row.dense_bytes for row in rows),
+        stored_bytes=sum(row.stored_bytes for row in rows),
+    )
+
+
+def by_layer(rows: Iterable[Row]) -> list[Row]:
+    """One row a layer: tensors whose names agree up to their first number, or up to their last dot without one."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        match = re.match(r".*?\.\d+(?=\.)", row.name)
+        groups.setdefault(match[0] if match else row.name.rpartition(".")[0] or row.name, []).append(row)
+    names = sorted(
+        groups, key=lambda name: [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+    )
+    return [summarize(name, groups[name]) for name in names]

@@ -1,0 +1,45 @@
+"""The README.md of a sparse checkpoint that has none of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elsa_sparse.entry import TensorEntry
+
+__all__ = ["CARD_FILE", "model_card"]
+
+CARD_FILE = "README.md"
+
+
+def model_card(config: dict[str, Any], entries: Sequence[TensorEntry], stored_bytes: int) -> str:
+    """Markdown: what the checkpoint is, how large, and how to load it.
+
+    :param config: the model's ``config.json``
+    :param stored_bytes: of all tensors, as stored
+    """
+    dense_bytes = sum(entry.dense_bytes for entry in entries)
+    pruned = [entry for entry in entries if len(entry.shape) > 1 and entry.sparsity > 0.1]
+    weights = sum(entry.dense_bytes for entry in pruned)
+    sparsity = sum(entry.sparsity * entry.dense_bytes for entry in pruned) / max(1, weights)
+    architecture = (config.get("architectures") or ["A model"])[0]
+    return f"""---
+library_name: transformers
+tags:
+- sparse
+- elsa-modifier
+---
+
+# Sparse checkpoint
+
+{architecture}, {len(pruned)} matrices of which are pruned, to {sparsity:.1%} zeros on average. Stored in
+{stored_bytes / 1e6:,.1f} MB; the same tensors dense take {dense_bytes / 1e6:,.1f} MB.
+
+```python
+import elsa_modifier  # teaches transformers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+With elsa-modifier installed beside vLLM, `vllm serve` takes the directory as it is. `elsa unpack` turns it into plain
+safetensors for any other engine; `elsa inspect` lists its tensors.
+"""

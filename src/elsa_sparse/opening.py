@@ -1,0 +1,34 @@
+"""One way to open a sparse checkpoint, whichever of the two formats it is in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, SparseCheckpoint, read_json
+from elsa_sparse.compressed_tensors_bitmask import (
+    is_compressed_tensors_bitmask,
+    open_compressed_tensors_bitmask,
+    without_sparsity,
+)
+
+__all__ = ["dense_config", "is_sparse", "open_checkpoint"]
+
+
+def is_sparse(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is one of a sparse checkpoint."""
+    return CONFIG_KEY in config or is_compressed_tensors_bitmask(config)
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of the same model stored dense."""
+    return {key: value for key, value in without_sparsity(config).items() if key != CONFIG_KEY}
+
+
+def open_checkpoint(directory: str | Path) -> SparseCheckpoint:
+    """Open a sparse checkpoint and check its structure; tensors are read one at a time.
+
+    :raises SparseCheckpointError: if it is not one, or files and tables contradict each other
+    """
+    if is_compressed_tensors_bitmask(read_json(Path(directory) / CONFIG_FILE)):
+        return open_compressed_tensors_bitmask(directory)
+    return SparseCheckpoint.open(directory)

@@ -1,0 +1,72 @@
+"""A tensor as a flat array of unsigned integers, its bits untouched, and back.
+
+Zero, here, is the bit pattern of all zeros: -0.0 and the payloads of NaNs are values like any other. Multi-byte symbols
+are little-endian, as in safetensors.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "Symbols", "from_symbols", "join_nibbles", "symbol_dtype", "to_symbols"]
+
+# Arrays of unsigned integers; numpy's stubs take operators on them for something else.
+Symbols = NDArray[Any]
+
+# What a safetensors file may hold: its name of a dtype, and torch's.
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# The same by torch's name without ``torch.``, which is what a checkpoint's table says.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES.values()}
+
+
+def symbol_dtype(bits: int) -> np.dtype[np.unsignedinteger]:
+    """numpy's type of an array of symbols: 4-bit ones lie one in a byte."""
+    return np.dtype(f"<u{max(1, bits // 8)}")
+
+
+def to_symbols(tensor: Tensor, bits: int) -> Symbols:
+    """View (copy, for 4 bits) of a tensor as ``bits``-bit symbols, row-major, the lowest bits of an element first.
+
+    :param tensor: any shape, any dtype of :data:`DTYPES`, on the CPU
+    :param bits: 4, 8, 16, 32 or 64, at most the element's width
+    """
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    if bits == 4:
+        nibbles = np.empty(2 * raw.size, np.uint8)
+        nibbles[0::2] = raw & 15
+        nibbles[1::2] = raw >> 4
+        return nibbles
+    symbols: Symbols = raw.view(symbol_dtype(bits))
+    return symbols
+
+
+def join_nibbles(nibbles: Symbols) -> Symbols:
+    """Bytes of an even number of 4-bit symbols."""
+    joined: Symbols = nibbles[0::2] | (nibbles[1::2] << 4)
+    return joined
+
+
+def from_symbols(symbols: Symbols, bits: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`to_symbols`; shares the symbols' memory unless they are 4-bit."""
+    raw = join_nibbles(symbols) if bits == 4 else symbols
+    return torch.from_numpy(raw.view(np.uint8)).view(dtype).view(shape)
