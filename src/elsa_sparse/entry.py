@@ -13,7 +13,7 @@ from torch import Tensor
 from elsa_sparse.bitmask import PARTS, decode_bitmask, encode_bitmask
 from elsa_sparse.coded import CodedLayout, decode_coded, encode_coded
 from elsa_sparse.errors import SparseCheckpointError
-from elsa_sparse.symbols import DTYPES, to_symbols
+from elsa_sparse.symbols import DTYPES, raw_bytes, to_symbols
 
 __all__ = ["ENCODINGS", "Encoding", "TensorEntry", "decode", "encode", "sparsity_of"]
 
@@ -150,17 +150,18 @@ def digest(entry: TensorEntry, parts: Mapping[str, Tensor]) -> str:
     del stated["sha256"]
     state = hashlib.sha256(json.dumps([entry.name, stated], sort_keys=True).encode())
     for part in sorted(parts):
-        tensor = parts[part].contiguous()
+        tensor = parts[part]
         state.update(json.dumps([part, str(tensor.dtype), list(tensor.shape)]).encode())
-        state.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        state.update(raw_bytes(tensor).numpy().data)
     return state.hexdigest()
 
 
 def sparsity_of(tensor: Tensor, layout: CodedLayout | None = None) -> float:
-    """Fraction of a tensor's symbols that are the fill; zero, an element a symbol, without a layout."""
+    """Fraction of a tensor's symbols that are the fill, to 6 digits; zero, an element a symbol, without a layout."""
     bits, fill = (layout.symbol_bits, layout.fill) if layout is not None else (8 * tensor.element_size(), 0)
     symbols = to_symbols(tensor, bits)
-    return int((symbols == fill).sum()) / symbols.size if symbols.size else 0.0
+    # Rounded, so that every digit in config.json matters.
+    return round(int((symbols == fill).sum()) / symbols.size, 6) if symbols.size else 0.0
 
 
 def encode(name: str, tensor: Tensor, encoding: Encoding) -> tuple[TensorEntry, dict[str, Tensor]]:
@@ -247,4 +248,4 @@ def _stored_bytes(parts: Mapping[str, Tensor]) -> int:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+    return torch.equal(raw_bytes(one), raw_bytes(other))

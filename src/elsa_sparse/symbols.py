@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "Symbols", "from_symbols", "join_nibbles", "symbol_dtype", "to_symbols"]
+__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "Symbols", "from_symbols", "raw_bytes", "symbol_dtype", "to_symbols"]
 
 # Arrays of unsigned integers; numpy's stubs take operators on them for something else.
 Symbols = NDArray[Any]
@@ -44,13 +44,20 @@ def symbol_dtype(bits: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"<u{max(1, bits // 8)}")
 
 
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's memory, row-major, as flat uint8; a view of it if it is contiguous."""
+    flat = tensor.detach().contiguous().view(-1)
+    # An empty tensor may have strides that its view as bytes cannot.
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
 def to_symbols(tensor: Tensor, bits: int) -> Symbols:
     """View (copy, for 4 bits) of a tensor as ``bits``-bit symbols, row-major, the lowest bits of an element first.
 
     :param tensor: any shape, any dtype of :data:`DTYPES`, on the CPU
     :param bits: 4, 8, 16, 32 or 64, at most the element's width
     """
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    raw = raw_bytes(tensor).numpy()
     if bits == 4:
         nibbles = np.empty(2 * raw.size, np.uint8)
         nibbles[0::2] = raw & 15
@@ -60,13 +67,7 @@ def to_symbols(tensor: Tensor, bits: int) -> Symbols:
     return symbols
 
 
-def join_nibbles(nibbles: Symbols) -> Symbols:
-    """Bytes of an even number of 4-bit symbols."""
-    joined: Symbols = nibbles[0::2] | (nibbles[1::2] << 4)
-    return joined
-
-
 def from_symbols(symbols: Symbols, bits: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Inverse of :func:`to_symbols`; shares the symbols' memory unless they are 4-bit."""
-    raw = join_nibbles(symbols) if bits == 4 else symbols
+    raw = symbols[0::2] | (symbols[1::2] << 4) if bits == 4 else symbols
     return torch.from_numpy(raw.view(np.uint8)).view(dtype).view(shape)

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -51,7 +52,11 @@ class _ShardWriter:
         self._pending_bytes += size
 
     def _write(self) -> None:
-        save_file(self._pending, self._directory / self._numbered(len(self._files)), metadata={"format": "pt"})
+        file = self._directory / self._numbered(len(self._files))
+        try:
+            save_file(self._pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file} cannot be written: {error}") from error
         self._files.append(list(self._pending))
         self.total_size += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

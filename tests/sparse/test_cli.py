@@ -1,0 +1,59 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from elsa_sparse.cli import app
+from tests.sparse.test_writing import OLD_FORMAT, assert_same_tensors
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_pack_inspect_unpack(pruned, tmp_path):
+    assert "x)" in run("pack", pruned(), tmp_path / "sparse").output
+    assert_same_tensors(pruned(), tmp_path / "sparse")
+    run("unpack", tmp_path / "sparse", tmp_path / "dense")
+    assert_same_tensors(pruned(), tmp_path / "dense")
+    table = run("inspect", tmp_path / "sparse").output
+    assert "model.layers.1" in table and "total" in table and "coded" in table
+    assert "model.layers.1.mlp.down_proj.weight" in run("inspect", tmp_path / "sparse", "--tensors", "--verify").output
+
+
+@pytest.mark.parametrize("encoding", ["coded", "bitmask"])
+def test_inspect_json_agrees_between_dense_and_sparse(encoding, pruned, sparse):
+    directory = sparse(encoding=encoding)
+    ours = json.loads(run("inspect", directory, "--json").stdout)
+    dense = json.loads(run("inspect", pruned(), "--json").stdout)
+    assert ours["total"]["sparsity"] == pytest.approx(dense["total"]["sparsity"], abs=1e-6)
+    assert ours["total"]["dense_bytes"] == dense["total"]["stored_bytes"]
+    assert ours["total"]["stored_bytes"] == sum(row["stored_bytes"] for row in ours["tensors"])
+    names = [layer["name"] for layer in ours["layers"]]
+    assert names == ["lm_head", "model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
+    layer = ours["layers"][2]
+    assert layer["sparsity"] == pytest.approx(0.8, abs=0.02) and layer["ratio"] > 2
+
+
+def test_inspect_of_the_old_format():
+    assert json.loads(run("inspect", OLD_FORMAT, "--json", "--verify").stdout)["total"]["encodings"] == [
+        "bitmask",
+        "dense",
+    ]
+
+
+def test_errors_are_a_line(pruned, sparse, tmp_path):
+    directory = sparse()
+    assert "exists and is not empty" in run("pack", pruned(), directory, code=1).stderr
+    run("pack", pruned(), directory, "--overwrite", "--encoding", "bitmask")
+    (tmp_path / "empty").mkdir()
+    output = run("inspect", tmp_path / "empty", code=1).stderr
+    assert output.startswith("error: ") and "config.json: there is no such file" in output
+    assert "not a sparse checkpoint" in run("unpack", pruned(), tmp_path / "out", code=1).stderr
+    assert "max_shard_size is 'x'" in run("pack", pruned(), tmp_path / "out", "--max-shard-size", "x", code=1).stderr
+    data = bytearray((directory / "sparse-model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (directory / "sparse-model.safetensors").write_bytes(data)
+    assert "checksum" in run("inspect", directory, "--verify", code=1).stderr
