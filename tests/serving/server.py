@@ -1,0 +1,95 @@
+"""A vLLM server of its own environment, as a context manager."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PYTHON", "Server", "serve"]
+
+PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+_ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+_START_SECONDS = 300
+
+
+class Server:
+    """A running server's OpenAI API.
+
+    :param log: what it has printed
+    """
+
+    def __init__(self, address: str, log: Path) -> None:
+        self._address = address
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return json.load(response)
+
+    def is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._address + "/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+@contextmanager
+def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """Serve a directory; the server is gone after the block.
+
+    :raises RuntimeError: if it does not come up, with the end of its log
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *_ARGUMENTS, *arguments]
+    with log.open("w") as output:
+        # From another directory, so that the package is the installed one and not the checkout.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | _ENVIRONMENT,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not server.is_up():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not come up\n{server.log[-4000:]}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
