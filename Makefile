@@ -58,6 +58,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.reproducibility
+	$(BIN)/python -m benchmarks.checkpoint_size
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .assets out

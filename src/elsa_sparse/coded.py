@@ -67,12 +67,18 @@ def _rotates(dtype: torch.dtype, bits: int) -> bool:
     return dtype.is_floating_point and bits >= 16
 
 
-def _rotate_left(symbols: Symbols, bits: int) -> Symbols:
-    return (symbols << 1) | (symbols >> (bits - 1))
+def _rotated_left(symbols: Symbols, bits: int) -> Symbols:
+    rotated = np.empty_like(symbols)
+    for start in range(0, symbols.size, _CHUNK):
+        chunk = symbols[start : start + _CHUNK]
+        rotated[start : start + _CHUNK] = (chunk << 1) | (chunk >> (bits - 1))
+    return rotated
 
 
-def _rotate_right(symbols: Symbols, bits: int) -> Symbols:
-    return (symbols >> 1) | (symbols << (bits - 1))
+def _rotate_right_(symbols: Symbols, bits: int) -> None:
+    for start in range(0, symbols.size, _CHUNK):
+        chunk = symbols[start : start + _CHUNK]
+        chunk[:] = (chunk >> 1) | (chunk << (bits - 1))
 
 
 def _gaps_and_kept(symbols: Symbols, fill: int) -> tuple[Bytes, Symbols]:
@@ -103,9 +109,15 @@ def _planes(symbols: Symbols) -> list[Bytes]:
     return [np.ascontiguousarray(by_byte[:, i]) for i in range(symbols.itemsize)]
 
 
+def _byte_counts(stream: Bytes) -> NDArray[np.int64]:
+    # In chunks, because bincount makes 8-byte integers of them.
+    chunks = (stream[start : start + _CHUNK] for start in range(0, stream.size, _CHUNK))
+    return sum((np.bincount(chunk, minlength=256) for chunk in chunks), np.zeros(256, np.int64))
+
+
 def _deflate(stream: Bytes) -> bytes | None:
     """The stream, Huffman coded, or None if that does not make it smaller."""
-    counts = np.bincount(stream, minlength=256)
+    counts = _byte_counts(stream)
     frequencies = counts[counts > 0] / max(1, stream.size)
     if float(-(frequencies * np.log2(frequencies)).sum()) > _INCOMPRESSIBLE:
         return None
@@ -117,26 +129,27 @@ def _deflate(stream: Bytes) -> bytes | None:
 def _encode(tensor: Tensor, bits: int, fill: int | None) -> tuple[CodedLayout, dict[str, Tensor]]:
     symbols = to_symbols(tensor, bits)
     if fill is None:
-        fill = int(np.bincount(symbols).argmax())
+        fill = int(_byte_counts(symbols).argmax())
     streams: dict[str, Bytes] = {}
     if np.count_nonzero(symbols == fill) >= _WORTH_A_MASK * symbols.size:
         streams["gaps"], kept = _gaps_and_kept(symbols, fill)
     else:
         kept = symbols
-    rotated = _rotate_left(kept, bits) if _rotates(tensor.dtype, bits) else kept
-    streams |= {f"plane{i}": plane for i, plane in enumerate(_planes(rotated))}
+    if _rotates(tensor.dtype, bits):
+        kept = _rotated_left(kept, bits)
+    streams |= {f"plane{i}": plane for i, plane in enumerate(_planes(kept))}
+    count, gap_bytes = int(kept.size), streams["gaps"].size if "gaps" in streams else None
+    del kept
     deflated = []
     parts = {}
-    for name, stream in streams.items():
+    for name in list(streams):
+        stream = streams.pop(name)
         coded = _deflate(stream)
         if coded is not None:
             deflated.append(name)
         # A copy: bytes are read-only, which torch warns about.
         parts[name] = torch.from_numpy(stream if coded is None else np.frombuffer(coded, np.uint8).copy())
-    gap_bytes = streams["gaps"].size if "gaps" in streams else None
-    layout = CodedLayout(
-        symbol_bits=bits, fill=fill, kept=int(kept.size), gap_bytes=gap_bytes, deflated=tuple(deflated)
-    )
+    layout = CodedLayout(symbol_bits=bits, fill=fill, kept=count, gap_bytes=gap_bytes, deflated=tuple(deflated))
     return layout, parts
 
 
@@ -154,7 +167,7 @@ def encode_coded(tensor: Tensor) -> tuple[CodedLayout, dict[str, Tensor]]:
     return min(attempts, key=lambda attempt: sum(part.numel() for part in attempt[1].values()))
 
 
-def _inflate(stream: bytes, length: int, name: str) -> bytes:
+def _inflate(stream: memoryview, length: int, name: str) -> bytes:
     coder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         # One byte more than allowed tells a stream that is too long from one that ends in time.
@@ -187,6 +200,18 @@ def _positions(gaps: Bytes, kept: int, size: int) -> Iterator[NDArray[np.int64]]
         raise SparseCheckpointError(f"gaps hold {found:,} positions, not {kept:,}")
 
 
+def _read_stream(layout: CodedLayout, parts: dict[str, Tensor], name: str, length: int) -> Bytes:
+    part = parts[name]
+    if part.dtype != torch.uint8 or part.dim() != 1:
+        raise SparseCheckpointError(f"{name} is {part.dtype} {tuple(part.shape)}, not bytes")
+    if name in layout.deflated:
+        return np.frombuffer(_inflate(part.numpy().data, length, name), np.uint8)
+    if part.numel() != length:
+        raise SparseCheckpointError(f"{name} has {part.numel():,} bytes, not {length:,}")
+    stream: Bytes = part.numpy()
+    return stream
+
+
 def decode_coded(layout: CodedLayout, parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The dense tensor. Allocates what the layout, dtype and shape ask for: check those against the parts' size first.
 
@@ -194,35 +219,27 @@ def decode_coded(layout: CodedLayout, parts: dict[str, Tensor], dtype: torch.dty
     """
     bits = layout.symbol_bits
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize * 8 // bits
-    streams = {}
+    gaps = None
+    by_byte = np.empty((layout.kept, max(1, bits // 8)), np.uint8)
     for name, length in layout.streams.items():
-        part = parts[name]
-        if part.dtype != torch.uint8 or part.dim() != 1:
-            raise SparseCheckpointError(f"{name} is {part.dtype} {tuple(part.shape)}, not bytes")
-        if name in layout.deflated:
-            streams[name] = np.frombuffer(_inflate(part.numpy().tobytes(), length, name), np.uint8)
-        elif part.numel() != length:
-            raise SparseCheckpointError(f"{name} has {part.numel():,} bytes, not {length:,}")
+        stream = _read_stream(layout, parts, name, length)
+        if name == "gaps":
+            gaps = stream
         else:
-            streams[name] = part.numpy()
-    planes = [stream for name, stream in streams.items() if name != "gaps"]
-
-    by_byte = np.empty((layout.kept, len(planes)), np.uint8)
-    for i, plane in enumerate(planes):
-        by_byte[:, i] = plane
+            by_byte[:, int(name.removeprefix("plane"))] = stream
     if bits == 4 and layout.kept and int(by_byte.max()) > 15:
         raise SparseCheckpointError("plane0 holds symbols of more than 4 bits")
     kept: Symbols = by_byte.reshape(-1).view(symbol_dtype(bits))
     if _rotates(dtype, bits):
-        kept = _rotate_right(kept, bits)
-    if layout.gap_bytes is None:
+        _rotate_right_(kept, bits)
+    if gaps is None:
         if layout.kept != size:
             raise SparseCheckpointError(f"{layout.kept:,} symbols are stored of {size:,}, and no gaps")
         return from_symbols(kept, bits, dtype, shape)
 
     symbols = np.full(size, layout.fill, symbol_dtype(bits)) if layout.fill else np.zeros(size, symbol_dtype(bits))
     read = 0
-    for positions in _positions(streams["gaps"], layout.kept, size):
+    for positions in _positions(gaps, layout.kept, size):
         symbols[positions] = kept[read : read + positions.size]
         read += positions.size
     return from_symbols(symbols, bits, dtype, shape)

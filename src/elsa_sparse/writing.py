@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_SHARD_SIZE", "dense_files", "save_sparse", "save_through", "unpack"]
 
-DEFAULT_SHARD_SIZE = "2GB"
+DEFAULT_SHARD_SIZE = "1GB"
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DENSE_INDEX = "model.safetensors.index.json"
