@@ -208,7 +208,7 @@ def main() -> None:
             "",
             f"The whole model at 90%, {len(entries)} tensors, embeddings included: {dense / 1e6:.1f} MB dense,",
             f"{stored / 1e6:.1f} MB coded ({dense / stored:.2f}x). Packing it in shards of 20 MB took at most",
-            f"{memory:.0f} MB of memory, {memory / largest:.1f} times its largest tensor ({largest:.1f} MB, the embeddings).",
+            f"{memory:.0f} MB of memory, {memory / largest:.1f} times its largest tensor ({largest:.1f} MB).",
             "",
             "## Why deflate without matches",
             "",

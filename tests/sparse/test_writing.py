@@ -174,6 +174,15 @@ def test_sizes():
     assert [_parse_size(size) for size in (7, "7", "1.5 GB", "2gib", "10KB")] == [7, 7, 1_500_000_000, 2**31, 10_000]
 
 
+def test_a_head_that_belies_tied_embeddings_keeps_its_name(pruned, tmp_path, edit_config):
+    shutil.copytree(pruned(), tmp_path / "source")
+    for tied, encoding in [(True, "dense"), (False, "coded")]:
+        edit_config(tmp_path / "source", lambda config, tied=tied: config.update(tie_word_embeddings=tied))
+        save_sparse(tmp_path / "source", tmp_path / "out", overwrite=True, progress=False)
+        with open_checkpoint(tmp_path / "out") as checkpoint:
+            assert checkpoint.entries["lm_head.weight"].encoding == encoding
+
+
 def test_names_that_would_collide(pruned, tmp_path):
     shutil.copytree(pruned(), tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"
