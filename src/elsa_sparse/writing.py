@@ -146,8 +146,8 @@ def _pack(source: Path, target: Path, encoding: Encoding, shard_size: int, progr
     entries: list[TensorEntry] = []
     with _opened(source) as (count, tensors):
         for name, tensor in _with_progress(tensors, count, "pack", progress):
-            # Where embeddings are tied by the configuration, a head of the checkpoint's own tells vLLM that they are not,
-            # and vLLM looks for it by its name.
+            # Where the configuration ties embeddings, a head in the checkpoint tells vLLM that they are not tied; it
+            # looks for it by its name.
             untied = name.endswith("lm_head.weight") and config.get("tie_word_embeddings", False)
             entry, parts = encode(name, tensor, "dense" if untied else encoding)
             entries.append(entry)
