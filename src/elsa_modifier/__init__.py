@@ -7,13 +7,15 @@ transformers' ``from_pretrained`` takes.
 from llmcompressor.modifiers.factory import ModifierFactory
 
 from elsa_modifier.modifier import ELSAModifier, Penalty
+from elsa_modifier.quantization.modifier import MaskedGPTQModifier
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
 
-__all__ = ["ELSAModifier", "Penalty", "SparseCheckpointError", "load_sparse", "save_sparse"]
+__all__ = ["ELSAModifier", "MaskedGPTQModifier", "Penalty", "SparseCheckpointError", "load_sparse", "save_sparse"]
 
 __version__ = "0.1.0"
 
 # Under the class's own name, since that is what recipe.yaml is written with.
-ModifierFactory.register(ELSAModifier.__name__, ELSAModifier)
+for _modifier in (ELSAModifier, MaskedGPTQModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)
 teach_from_pretrained()

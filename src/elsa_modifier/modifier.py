@@ -1,13 +1,15 @@
 """ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
@@ -17,6 +19,8 @@ from elsa_modifier.admm.bitmask import unpack_bits
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
 from elsa_modifier.admm.projection import parse_mask_structure
+from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
+from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.data import batches_from_calibration
@@ -28,6 +32,8 @@ from elsa_sparse.entry import Encoding
 __all__ = ["ELSAModifier", "Penalty"]
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+# Modifiers of llm-compressor that multiply weights by matrices.
+_ROTATIONS = ("QuIPModifier", "SpinQuantModifier")
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -141,6 +147,7 @@ class ELSAModifier(Modifier):
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
+    _until_finalized: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -204,6 +211,9 @@ class ELSAModifier(Modifier):
                 f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, "
                 "so put ELSAModifier first in the recipe"
             )
+        self._prepare_for(
+            [modifier for modifier in active_session().lifecycle.recipe.modifiers if modifier is not self]
+        )
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -274,8 +284,20 @@ class ELSAModifier(Modifier):
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
         else:
             logger.info(message)
+        self._until_finalized.close()
         extend_save_pretrained(state.model, history=self._history_json(), checkpoint=self.checkpoint)
         return True
+
+    def _prepare_for(self, others: list[Modifier]) -> None:
+        """Refuse modifiers that cannot keep zeros; have GPTQ respect the mask, which its own rule would not."""
+        for other in others:
+            if type(other).__name__ in _ROTATIONS:
+                raise ValueError(
+                    f"{type(other).__name__} rotates weights, which mixes pruned ones with kept ones: no zero would be "
+                    "left. Take it out of the recipe; SmoothQuantModifier and AWQModifier only scale, and keep zeros"
+                )
+        if any(isinstance(other, GPTQModifier) for other in others):
+            self._until_finalized.enter_context(quantizing_weights_with(mask_aware))
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
         structure = parse_mask_structure(self.mask_structure)

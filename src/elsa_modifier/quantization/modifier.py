@@ -1,0 +1,130 @@
+"""MaskedGPTQModifier: GPTQ for pruned models, and the same rule for a stock GPTQModifier that follows ELSAModifier."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
+from llmcompressor.modifiers.gptq import GPTQModifier
+from loguru import logger
+from pydantic import Field
+from torch import Tensor
+
+from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_quantizer, quantizing_weights_with
+from elsa_modifier.quantization.masked_gptq import masked_gptq
+
+__all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "mask_aware"]
+
+DEFAULT_REFINEMENTS = 1
+# A weight with fewer zeros than this was not pruned, and is stock GPTQ's.
+_PRUNED = 0.05
+
+
+class MaskedGPTQModifier(GPTQModifier):
+    """
+    GPTQ that keeps the zeros of a pruned model, and compensates errors with the kept weights alone.
+
+    The mask is where the weights are zero, so the model may have been pruned in this recipe, in another process, or by
+    another method. Weights without zeros are quantized as GPTQModifier does it. A GPTQModifier that follows
+    ELSAModifier in a recipe does the same; this one is for checkpoints that are pruned already, and for its fields.
+
+    Sample yaml:
+
+    ```yaml
+    quantize_stage:
+      quantize_modifiers:
+        MaskedGPTQModifier:
+          scheme: W4A16
+          ignore: [lm_head]
+    ```
+
+    Lifecycle: as GPTQModifier's.
+
+    :param refinements: passes of coordinate descent over each quantized row, after GPTQ's own pass
+
+    Its other parameters are those of GPTQModifier.
+    """
+
+    refinements: int = Field(DEFAULT_REFINEMENTS, ge=0)
+
+    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
+        """Quantize modules whose Hessians have been collected."""
+        with quantizing_weights_with(partial(mask_aware, refinements=self.refinements)):
+            super().compress_module_list(module_list)
+
+
+def mask_aware(original: QuantizeWeight, *, refinements: int = DEFAULT_REFINEMENTS) -> QuantizeWeight:
+    """llm-compressor's ``quantize_weight``, but that pruned weights stay pruned.
+
+    :param original: what weights without zeros are given to
+    """
+
+    def quantize_weight(
+        weights: Tensor,
+        hessians: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        global_scale: Tensor | None,
+        quant_args: QuantizationArgs,
+        blocksize: int = 128,
+        percdamp: float = 0.01,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        results = []
+        for i in range(weights.shape[0]):
+            of_one = (
+                hessians[i],
+                scale[i],
+                zero_point[i],
+                None if global_scale is None else global_scale[i],
+            )
+            mask = weights[i] != 0
+            if float(mask.float().mean()) > 1 - _PRUNED:
+                batch = [None if t is None else t.unsqueeze(0) for t in of_one]
+                quantized, loss, fell_back = original(
+                    weights[i : i + 1], *batch, quant_args=quant_args, blocksize=blocksize, percdamp=percdamp
+                )
+                results.append((quantized[0], loss[0], fell_back[0]))
+            else:
+                results.append(_quantize_one(weights[i], mask, *of_one, quant_args, percdamp, refinements))
+        quantized, losses, fell_back = (torch.stack(values) for values in zip(*results, strict=True))
+        return quantized, losses, fell_back
+
+    return quantize_weight
+
+
+def _quantize_one(
+    weight: Tensor,
+    mask: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    global_scale: Tensor | None,
+    args: QuantizationArgs,
+    damping: float,
+    refinements: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, hessian = weight.float(), hessian.float()
+    rows, columns = weight.shape
+    device = weight.device
+    quantize = entry_quantizer(args, scale.to(device), zero_point.to(device), global_scale, (rows, columns))
+    if args.actorder in (ActivationOrdering.STATIC, ActivationOrdering.WEIGHT):
+        order = hessian.diagonal().argsort(descending=True)
+    else:
+        order = torch.arange(columns, device=device)
+    try:
+        quantized, losses = masked_gptq(
+            values, hessian, mask, quantize, order=order, damping=damping, refinements=refinements
+        )
+        loss, fell_back = losses.sum(), torch.tensor(False, device=device)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        logger.warning("A Hessian is not positive definite: rounding instead. More calibration samples would help.")
+        quantized = _round(values, mask, quantize)
+        loss, fell_back = values.new_zeros(()), torch.tensor(True, device=device)
+    return quantized.to(weight.dtype), loss, fell_back
+
+
+def _round(values: Tensor, mask: Tensor, quantize: Any) -> Tensor:
+    rows, columns = mask.nonzero(as_tuple=True)
+    quantized = torch.zeros_like(values)
+    quantized[rows, columns] = quantize(values[rows, columns], rows, columns)
+    return quantized
