@@ -28,7 +28,7 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self._file = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
-        self._held_out = evaluation_sequences(AutoTokenizer.from_pretrained(model_directory()), length=LENGTH)
+        self.held_out = evaluation_sequences(AutoTokenizer.from_pretrained(model_directory()), length=LENGTH)
 
     def measure(self, label: str, sparsity: float, modifier: Any = None) -> None:
         """Prune SmolLM2 with a modifier, by magnitude without one, or not at all at sparsity 0; append perplexities."""
@@ -37,7 +37,14 @@ class Results:
         model = _prune(modifier, sparsity)
         minutes = (time.perf_counter() - started) / 60
         row = {"label": label, "sparsity": sparsity, "minutes": round(minutes, 2), "zeros": linear_sparsity(model)}
-        row |= {title: round(perplexity(model, ids), 2) for title, ids in self._held_out.items()}
+        row |= {title: round(perplexity(model, ids), 2) for title, ids in self.held_out.items()}
+        self._append(row)
+
+    def record(self, label: str, sparsity: float, values: dict[str, Any]) -> None:
+        """Append a row that was measured otherwise."""
+        self._append({"label": label, "sparsity": sparsity} | values)
+
+    def _append(self, row: dict[str, Any]) -> None:
         print(row, flush=True)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:

@@ -36,6 +36,16 @@ def test_structured_recipes(zeroed, size):
     assert modifier(RECIPES / f"elsa_{zeroed}of{size}.yaml").mask_structure == f"{zeroed}:{size}"
 
 
+@pytest.mark.parametrize("percent", [50, 80, 90])
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_recipes_that_quantize(percent, scheme):
+    path = RECIPES / f"elsa_{percent}_{scheme.lower()}.yaml"
+    elsa, gptq = Recipe.create_instance(str(path)).modifiers
+    assert isinstance(elsa, elsa_modifier.ELSAModifier) and elsa.sparsity == percent / 100
+    assert isinstance(gptq, elsa_modifier.MaskedGPTQModifier)
+    assert (gptq.scheme, gptq.ignore, gptq.targets) == (scheme, ["lm_head"], ["Linear"])
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_recipes(model):
     rates, penalties, schedule = PUBLISHED[model]

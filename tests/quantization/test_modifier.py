@@ -1,4 +1,5 @@
 import inspect
+import json
 
 import pytest
 import torch
@@ -132,3 +133,19 @@ def test_a_hessian_that_cannot_be_factored_falls_back_to_rounding(checkpoint, te
     for name, mask in elsa.masks.items():
         weight = dict(model.named_modules())[name].weight
         assert bool(torch.isfinite(weight).all()) and int((weight[~mask] != 0).sum()) == 0
+
+
+def test_groups_of_presets_fit_the_model(checkpoint, texts, tmp_path):
+    """128 divides none of this model's widths (32 and 48)."""
+    model = run(checkpoint(), texts, [MaskedGPTQModifier(scheme="W4A16", ignore=["lm_head"])], output_dir=str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == 16
+    assert model.model.layers[0].mlp.down_proj.weight_scale.shape == (32, 3)
+
+
+def test_groups_that_are_named_are_taken_as_they_are(checkpoint, texts):
+    groups = {"group_0": {"targets": ["Linear"], "weights": _INT4 | {"group_size": 20}}}
+    elsa = ELSAModifier(**ELSA)
+    with pytest.raises(ValueError, match="group_size"):
+        run(checkpoint(), texts, [elsa, MaskedGPTQModifier(config_groups=groups, ignore=["lm_head"])])
+    assert elsa.history == []

@@ -4,7 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
 from pydantic import Field
@@ -18,6 +20,8 @@ __all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "mask_aware"]
 DEFAULT_REFINEMENTS = 1
 # A weight with fewer zeros than this was not pruned, and is stock GPTQ's.
 _PRUNED = 0.05
+# Groups below this have no kernels, and their scales take a large part of what quantization saves.
+_SMALLEST_GROUP = 16
 
 
 class MaskedGPTQModifier(GPTQModifier):
@@ -42,10 +46,33 @@ class MaskedGPTQModifier(GPTQModifier):
 
     :param refinements: passes of coordinate descent over each quantized row, after GPTQ's own pass
 
-    Its other parameters are those of GPTQModifier.
+    Its other parameters are those of GPTQModifier. Groups of a preset ``scheme`` that do not divide the model's widths
+    are made smaller until they do; those of ``config_groups`` are taken as they are.
     """
 
     refinements: int = Field(DEFAULT_REFINEMENTS, ge=0)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """As GPTQModifier does, after fitting the groups of preset schemes to the model's widths."""
+        if self.scheme is not None:
+            self._fit_groups(state.model)
+        return bool(super().on_initialize(state, **kwargs))
+
+    def _fit_groups(self, model: torch.nn.Module) -> None:
+        """Halve group sizes until they divide every width they apply to: 64 divides 576, 128 does not."""
+        for scheme in self.resolved_config.config_groups.values():
+            if scheme.weights is None or scheme.weights.strategy != QuantizationStrategy.GROUP:
+                continue
+            matched = match_named_modules(model, set(scheme.targets), self.ignore)
+            widths = {module.weight.shape[-1] for _, module in matched if hasattr(module, "weight")}
+            size = stated = scheme.weights.group_size
+            while size > _SMALLEST_GROUP and any(width % size for width in widths):
+                size //= 2
+            if size != stated and not any(width % size for width in widths):
+                logger.info(
+                    f"group_size {stated} of {self.scheme} does not divide all of {sorted(widths)}: using {size}."
+                )
+                scheme.weights.group_size = size
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
         """Quantize modules whose Hessians have been collected."""
