@@ -12,7 +12,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
-from elsa_modifier import ELSAModifier, MaskedGPTQModifier
+from elsa_modifier import ELSAModifier, MaskedGPTQModifier, save_sparse
 from elsa_modifier.quantization import llmcompressor_gptq
 
 ELSA = {"sparsity": 0.8, "steps": 4, "batch_size": 2, "sequence_length": 16}
@@ -80,9 +80,14 @@ def test_what_scales_keeps_zeros(recipe, checkpoint, texts, monkeypatch):
         assert int((weight[~mask] != 0).sum()) == 0, name
 
 
-def test_masked_gptq_alone_keeps_the_zeros_of_a_pruned_checkpoint(pruned_checkpoint, texts):
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_masked_gptq_alone_keeps_the_zeros_of_a_pruned_checkpoint(kind, pruned_checkpoint, texts, tmp_path):
     before = {n: p != 0 for n, p in pruned_weights(AutoModelForCausalLM.from_pretrained(pruned_checkpoint)).items()}
-    model = run(pruned_checkpoint, texts, [quantizer(MaskedGPTQModifier, "W4A16")])
+    source = pruned_checkpoint
+    if kind == "sparse":
+        source = tmp_path / "sparse"
+        save_sparse(pruned_checkpoint, source, progress=False)
+    model = run(source, texts, [quantizer(MaskedGPTQModifier, "W4A16")])
     weights = dict(model.named_parameters())
     assert before and all(int((weights[n][~mask] != 0).sum()) == 0 for n, mask in before.items())
 
