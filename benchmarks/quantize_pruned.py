@@ -28,7 +28,7 @@ from elsa_modifier.evaluation import perplexity
 from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_quantizer, quantizing_weights_with
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier, mask_aware
 
-SAMPLES = 32
+SAMPLES = 16
 SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC")
 RULES = ("re-masked", "multiplied", "masked", "refined")
 
