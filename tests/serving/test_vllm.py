@@ -9,9 +9,9 @@ from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
 from benchmarks.assets import evaluation_sequences, model_directory, training_texts
+from benchmarks.vllm_server import PYTHON, serve
 from elsa_modifier import ELSAModifier, save_sparse
 from elsa_sparse import unpack
-from tests.serving.server import PYTHON, serve
 
 pytestmark = pytest.mark.serving
 

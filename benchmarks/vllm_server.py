@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["PYTHON", "Server", "serve"]
 
-PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
