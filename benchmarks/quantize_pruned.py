@@ -5,8 +5,8 @@ Every rule gets the same pruned checkpoint, calibration text and scheme:
 
 ``re-masked``    stock GPTQ, and pruned weights that came back set to zero again
 ``multiplied``   the rule of llm-compressor up to 0.12: what an error adds to other weights is multiplied by the mask
-``masked``       GPTQ on each row's kept columns alone, ``refinements: 0``
-``refined``      the same and passes of coordinate descent: what MaskedGPTQModifier does
+``masked``       GPTQ on each row's kept columns alone: ``refinements: 0``, ``fit_scales: false``
+``fitted``       the same, coordinate descent, and scales fitted to the kept weights: what MaskedGPTQModifier does
 """
 
 import argparse
@@ -30,7 +30,7 @@ from elsa_modifier.quantization.modifier import MaskedGPTQModifier, mask_aware
 
 SAMPLES = 16
 SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC")
-RULES = ("re-masked", "multiplied", "masked", "refined")
+RULES = ("re-masked", "multiplied", "masked", "fitted")
 
 
 def _re_masked(original: QuantizeWeight) -> QuantizeWeight:
@@ -86,8 +86,8 @@ class _OfAnyRule(MaskedGPTQModifier):
 MAKERS: dict[str, Callable[[QuantizeWeight], QuantizeWeight]] = {
     "re-masked": _re_masked,
     "multiplied": _multiplied,
-    "masked": partial(mask_aware, refinements=0),
-    "refined": mask_aware,
+    "masked": partial(mask_aware, refinements=0, fit_scales=False),
+    "fitted": mask_aware,
 }
 
 

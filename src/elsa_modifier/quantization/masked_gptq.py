@@ -122,5 +122,6 @@ def _quantize_rows(
             gain = change * (gradients[:, j] + 0.5 * curvature * change)
             change = torch.where(gain < 0, change, 0.0)
             errors[:, j] += change
-            gradients += hessians[:, :, j] * change[:, None]
+            # A row of the symmetric matrix: its column is scattered in memory.
+            gradients.addcmul_(hessians[:, j], change[:, None])
     return values - errors, 0.5 * (errors * gradients).sum(dim=1)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import State
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_quantizer, quantizing_weights_with
 from elsa_modifier.quantization.masked_gptq import masked_gptq
+from elsa_modifier.quantization.scales import EntryQuantizer, least_squares_scales, search_scales
 
 __all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "mask_aware"]
 
 DEFAULT_REFINEMENTS = 1
 # A weight with fewer zeros than this was not pruned, and is stock GPTQ's.
 _PRUNED = 0.05
+_FITTED_STRATEGIES = (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
 # Groups below this have no kernels, and their scales take a large part of what quantization saves.
 _SMALLEST_GROUP = 16
 
@@ -45,12 +47,15 @@ class MaskedGPTQModifier(GPTQModifier):
     Lifecycle: as GPTQModifier's.
 
     :param refinements: passes of coordinate descent over each quantized row, after GPTQ's own pass
+    :param fit_scales: fit the scales of integer schemes to the kept weights: a search, GPTQ, least squares for the
+        integers found, GPTQ again. Otherwise they are the observer's
 
     Its other parameters are those of GPTQModifier. Groups of a preset ``scheme`` that do not divide the model's widths
     are made smaller until they do; those of ``config_groups`` are taken as they are.
     """
 
     refinements: int = Field(DEFAULT_REFINEMENTS, ge=0)
+    fit_scales: bool = True
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """As GPTQModifier does, after fitting the groups of preset schemes to the model's widths."""
@@ -76,12 +81,15 @@ class MaskedGPTQModifier(GPTQModifier):
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
         """Quantize modules whose Hessians have been collected."""
-        with quantizing_weights_with(partial(mask_aware, refinements=self.refinements)):
+        rule = partial(mask_aware, refinements=self.refinements, fit_scales=self.fit_scales)
+        with quantizing_weights_with(rule):
             super().compress_module_list(module_list)
 
 
-def mask_aware(original: QuantizeWeight, *, refinements: int = DEFAULT_REFINEMENTS) -> QuantizeWeight:
-    """llm-compressor's ``quantize_weight``, but that pruned weights stay pruned.
+def mask_aware(
+    original: QuantizeWeight, *, refinements: int = DEFAULT_REFINEMENTS, fit_scales: bool = True
+) -> QuantizeWeight:
+    """llm-compressor's ``quantize_weight``, but that pruned weights stay pruned. Writes fitted scales to ``scale``.
 
     :param original: what weights without zeros are given to
     """
@@ -112,7 +120,7 @@ def mask_aware(original: QuantizeWeight, *, refinements: int = DEFAULT_REFINEMEN
                 )
                 results.append((quantized[0], loss[0], fell_back[0]))
             else:
-                results.append(_quantize_one(weights[i], mask, *of_one, quant_args, percdamp, refinements))
+                results.append(_quantize_one(weights[i], mask, *of_one, quant_args, percdamp, refinements, fit_scales))
         quantized, losses, fell_back = (torch.stack(values) for values in zip(*results, strict=True))
         return quantized, losses, fell_back
 
@@ -129,28 +137,43 @@ def _quantize_one(
     args: QuantizationArgs,
     damping: float,
     refinements: int,
+    fit_scales: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, hessian = weight.float(), hessian.float()
     rows, columns = weight.shape
     device = weight.device
-    quantize = entry_quantizer(args, scale.to(device), zero_point.to(device), global_scale, (rows, columns))
+
+    def quantizer(scale: Tensor) -> EntryQuantizer:
+        return entry_quantizer(args, scale, zero_point.to(device), global_scale, (rows, columns))
+
+    def gptq(scale: Tensor) -> tuple[Tensor, Tensor]:
+        return masked_gptq(
+            values, hessian, mask, quantizer(scale), order=order, damping=damping, refinements=refinements
+        )
+
     if args.actorder in (ActivationOrdering.STATIC, ActivationOrdering.WEIGHT):
         order = hessian.diagonal().argsort(descending=True)
     else:
         order = torch.arange(columns, device=device)
+    fitted = scale.to(device)
+    fits = fit_scales and args.type == QuantizationType.INT and args.strategy in _FITTED_STRATEGIES
+    if fits:
+        fitted = search_scales(values, mask, hessian.diagonal(), fitted, quantizer)
     try:
-        quantized, losses = masked_gptq(
-            values, hessian, mask, quantize, order=order, damping=damping, refinements=refinements
-        )
+        quantized, losses = gptq(fitted)
+        if fits:
+            fitted = least_squares_scales(values, quantized, hessian, fitted, damping)
+            quantized, losses = gptq(fitted)
         loss, fell_back = losses.sum(), torch.tensor(False, device=device)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         logger.warning("A Hessian is not positive definite: rounding instead. More calibration samples would help.")
-        quantized = _round(values, mask, quantize)
+        quantized = _round(values, mask, quantizer(fitted))
         loss, fell_back = values.new_zeros(()), torch.tensor(True, device=device)
+    scale.copy_(fitted)
     return quantized.to(weight.dtype), loss, fell_back
 
 
-def _round(values: Tensor, mask: Tensor, quantize: Any) -> Tensor:
+def _round(values: Tensor, mask: Tensor, quantize: EntryQuantizer) -> Tensor:
     rows, columns = mask.nonzero(as_tuple=True)
     quantized = torch.zeros_like(values)
     quantized[rows, columns] = quantize(values[rows, columns], rows, columns)
