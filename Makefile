@@ -59,6 +59,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.reproducibility
 	$(BIN)/python -m benchmarks.checkpoint_size
+	$(BIN)/python -m benchmarks.quantize_pruned
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .assets out
