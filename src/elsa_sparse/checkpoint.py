@@ -25,7 +25,16 @@ from elsa_sparse.entry import TensorEntry, decode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.symbols import SAFETENSORS_DTYPES
 
-__all__ = ["CONFIG_FILE", "CONFIG_KEY", "FORMAT_VERSION", "INDEX_FILE", "Shards", "SparseCheckpoint", "read_json"]
+__all__ = [
+    "CONFIG_FILE",
+    "CONFIG_KEY",
+    "FORMAT_VERSION",
+    "INDEX_FILE",
+    "Shards",
+    "SparseCheckpoint",
+    "read_json",
+    "read_weight_map",
+]
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "elsa_sparse"
@@ -47,6 +56,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SparseCheckpointError("is not a JSON object", file=file)
     return data
+
+
+def read_weight_map(index_file: Path) -> dict[str, str]:
+    """File of every tensor, by name, of a safetensors index.
+
+    :raises SparseCheckpointError: if the file is missing or is not an index
+    """
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise SparseCheckpointError("weight_map is not a mapping of names to files", file=index_file)
+    return weight_map
 
 
 class Shards:
@@ -130,13 +150,10 @@ class SparseCheckpoint:
         config_file = directory / CONFIG_FILE
         config = read_json(config_file) if config is None else config
         entries = _read_table(config, config_file)
-        index = read_json(directory / INDEX_FILE)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise SparseCheckpointError("weight_map is not a mapping of names to files", file=directory / INDEX_FILE)
-        shards = Shards(directory, sorted(set(weight_map.values())))
+        index_file = directory / INDEX_FILE
+        shards = Shards(directory, sorted(set(read_weight_map(index_file).values())))
         try:
-            _check_files(shards, index)
+            _check_files(shards, read_json(index_file))
             order = _check_parts(shards, entries)
         except BaseException:
             shards.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elsa_sparse.bitmask import PARTS
-from elsa_sparse.checkpoint import CONFIG_FILE, Shards, SparseCheckpoint, read_json
+from elsa_sparse.checkpoint import CONFIG_FILE, Shards, SparseCheckpoint, read_json, read_weight_map
 from elsa_sparse.entry import TensorEntry, sparsity_of
 from elsa_sparse.errors import SparseCheckpointError
 
@@ -53,10 +53,7 @@ def open_compressed_tensors_bitmask(directory: str | Path) -> SparseCheckpoint:
     index_file = directory / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index_file.exists():
-        weight_map = read_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise SparseCheckpointError("weight_map is not a mapping of names to files", file=index_file)
-        files = set(weight_map.values())
+        files = set(read_weight_map(index_file).values())
     shards = Shards(directory, sorted(files))
     try:
         entries = _entries(shards)

@@ -14,7 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elsa_sparse.atomic import replaced_directory
-from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, FORMAT_VERSION, INDEX_FILE, Shards, read_json
+from elsa_sparse.checkpoint import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    Shards,
+    read_json,
+    read_weight_map,
+)
 from elsa_sparse.entry import ENCODINGS, Encoding, TensorEntry, encode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.model_card import CARD_FILE, model_card
@@ -208,10 +216,7 @@ def dense_files(source: Path) -> list[str]:
     """
     index = source / _DENSE_INDEX
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise SparseCheckpointError("weight_map is not a mapping of names to files", file=index)
-        return sorted(set(weight_map.values()))
+        return sorted(set(read_weight_map(index).values()))
     if (source / "model.safetensors").exists():
         return ["model.safetensors"]
     raise SparseCheckpointError(
