@@ -28,7 +28,7 @@ def main() -> None:
     zeros = {n: m.weight.detach() == 0 for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    quantized = oneshot(
+    oneshot(
         model=str(pruned),
         dataset=training_texts(),
         recipe=[MaskedGPTQModifier(scheme="W4A16", ignore=["lm_head"])],
@@ -57,7 +57,6 @@ def main() -> None:
     for directory in (pruned, OUTPUT / "quantized", OUTPUT / "sparse"):
         size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         print(f"{size / 1e6:8.1f} MB  {directory}")
-    del quantized
 
 
 if __name__ == "__main__":

@@ -63,7 +63,11 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
 
     :raises SparseCheckpointError: if the file is missing or is not an index
     """
-    weight_map = read_json(index_file).get("weight_map")
+    return _weight_map(read_json(index_file), index_file)
+
+
+def _weight_map(index: dict[str, Any], index_file: Path) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SparseCheckpointError("weight_map is not a mapping of names to files", file=index_file)
     return weight_map
@@ -151,9 +155,10 @@ class SparseCheckpoint:
         config = read_json(config_file) if config is None else config
         entries = _read_table(config, config_file)
         index_file = directory / INDEX_FILE
-        shards = Shards(directory, sorted(set(read_weight_map(index_file).values())))
+        index = read_json(index_file)
+        shards = Shards(directory, sorted(set(_weight_map(index, index_file).values())))
         try:
-            _check_files(shards, read_json(index_file))
+            _check_files(shards, index)
             order = _check_parts(shards, entries)
         except BaseException:
             shards.close()

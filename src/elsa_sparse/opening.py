@@ -29,6 +29,7 @@ def open_checkpoint(directory: str | Path) -> SparseCheckpoint:
 
     :raises SparseCheckpointError: if it is not one, or files and tables contradict each other
     """
-    if is_compressed_tensors_bitmask(read_json(Path(directory) / CONFIG_FILE)):
+    config = read_json(Path(directory) / CONFIG_FILE)
+    if is_compressed_tensors_bitmask(config):
         return open_compressed_tensors_bitmask(directory)
-    return SparseCheckpoint.open(directory)
+    return SparseCheckpoint.open(directory, config)
