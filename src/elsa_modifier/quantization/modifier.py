@@ -104,6 +104,11 @@ def mask_aware(
         blocksize: int = 128,
         percdamp: float = 0.01,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        kept = weights != 0
+        is_pruned = (kept.float().mean(dim=(1, 2)) <= 1 - _PRUNED).tolist()
+        if not any(is_pruned):
+            of_all = (weights, hessians, scale, zero_point, global_scale)
+            return original(*of_all, quant_args=quant_args, blocksize=blocksize, percdamp=percdamp)
         results = []
         for i in range(weights.shape[0]):
             of_one = (
@@ -112,15 +117,16 @@ def mask_aware(
                 zero_point[i],
                 None if global_scale is None else global_scale[i],
             )
-            mask = weights[i] != 0
-            if float(mask.float().mean()) > 1 - _PRUNED:
+            if not is_pruned[i]:
                 batch = [None if t is None else t.unsqueeze(0) for t in of_one]
                 quantized, loss, fell_back = original(
                     weights[i : i + 1], *batch, quant_args=quant_args, blocksize=blocksize, percdamp=percdamp
                 )
                 results.append((quantized[0], loss[0], fell_back[0]))
             else:
-                results.append(_quantize_one(weights[i], mask, *of_one, quant_args, percdamp, refinements, fit_scales))
+                results.append(
+                    _quantize_one(weights[i], kept[i], *of_one, quant_args, percdamp, refinements, fit_scales)
+                )
         quantized, losses, fell_back = (torch.stack(values) for values in zip(*results, strict=True))
         return quantized, losses, fell_back
 
