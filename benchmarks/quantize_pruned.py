@@ -3,16 +3,13 @@
 
 Every rule gets the same pruned checkpoint, calibration text and scheme:
 
-``re-masked``    stock GPTQ, and pruned weights that came back set to zero again
-``multiplied``   the rule of llm-compressor up to 0.12: what an error adds to other weights is multiplied by the mask
-``masked``       GPTQ on each row's kept columns alone: ``refinements: 0``, ``fit_scales: false``
-``fitted``       the same, coordinate descent, and scales fitted to the kept weights: what MaskedGPTQModifier does
+``re-masked``, ``multiplied``   see ``benchmarks.gptq_rules``
+``ours``                        MaskedGPTQModifier
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,58 +19,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.assets import training_texts
+from benchmarks.gptq_rules import multiplied, re_masked
 from benchmarks.measuring import LENGTH, Results, publish
 from benchmarks.pruned import pruned_directory
 from elsa_modifier.evaluation import perplexity
-from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_quantizer, quantizing_weights_with
+from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, quantizing_weights_with
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier, mask_aware
 
 SAMPLES = 16
 SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC")
-RULES = ("re-masked", "multiplied", "masked", "fitted")
-
-
-def _re_masked(original: QuantizeWeight) -> QuantizeWeight:
-    def quantize_weight(weights: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        mask = weights != 0
-        quantized, losses, fell_back = original(weights, *args, **kwargs)
-        return quantized * mask, losses, fell_back
-
-    return quantize_weight
-
-
-def _multiplied(original: QuantizeWeight) -> QuantizeWeight:
-    """One weight at a time, column after column, with the factor of the whole Hessian."""
-
-    def quantize_weight(
-        weights: Tensor,
-        hessians: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        global_scale: Tensor | None,
-        quant_args: Any,
-        blocksize: int = 128,
-        percdamp: float = 0.01,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weight, hessian = weights[0].float(), hessians[0].clone()
-        mask = weight != 0
-        rows, columns = weight.shape
-        quantize = entry_quantizer(quant_args, scale[0], zero_point[0], None, (rows, columns))
-        order = hessian.diagonal().argsort(descending=True)
-        hessian = hessian[order][:, order]
-        dead = hessian.diagonal() == 0
-        hessian.diagonal().add_(dead + percdamp * hessian.diagonal().mean())
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-        weight, mask, result = weight[:, order], mask[:, order], torch.zeros_like(weight)
-        all_rows = torch.arange(rows)
-        for j in range(columns):
-            column = quantize(weight[:, j], all_rows, order[j].expand(rows)) * mask[:, j]
-            error = (weight[:, j] - column) / factor[j, j]
-            weight[:, j:] -= error[:, None] * factor[j, j:] * mask[:, j:]
-            result[:, order[j]] = column
-        return result.unsqueeze(0).to(weights.dtype), torch.zeros(1), torch.zeros(1, dtype=torch.bool)
-
-    return quantize_weight
+RULES = ("re-masked", "multiplied", "ours")
 
 
 class _OfAnyRule(MaskedGPTQModifier):
@@ -84,10 +39,9 @@ class _OfAnyRule(MaskedGPTQModifier):
 
 
 MAKERS: dict[str, Callable[[QuantizeWeight], QuantizeWeight]] = {
-    "re-masked": _re_masked,
-    "multiplied": _multiplied,
-    "masked": partial(mask_aware, refinements=0, fit_scales=False),
-    "fitted": mask_aware,
+    "re-masked": re_masked,
+    "multiplied": multiplied,
+    "ours": mask_aware,
 }
 
 

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 
+from elsa_modifier.quantization.grid import Grid
 from elsa_modifier.quantization.scales import least_squares_scales, search_scales
 
 ROWS, COLUMNS, GROUP = 6, 24, 8
@@ -22,15 +24,14 @@ def round_to(weight, scale):
     return (weight / entries).round().clamp(-8, 7) * entries
 
 
-def quantizer(scale):
-    entries = scale.repeat_interleave(GROUP, dim=1)
-    return lambda values, rows, columns: (values / entries[rows, columns]).round().clamp(-8, 7) * entries[rows, columns]
+def grid_of(scale):
+    return Grid.of(QuantizationArgs(num_bits=4), scale.repeat_interleave(GROUP, dim=1), None)
 
 
 def test_search_finds_the_best_fraction_of_each_group(problem):
     weight, mask, hessian, scale = problem
     importance = hessian.diagonal()
-    found = search_scales(weight, mask, importance, scale, quantizer)
+    found = search_scales(weight, mask, importance, scale, grid_of)
 
     def errors(scale):
         return ((weight - round_to(weight, scale)).square() * importance).view(ROWS, -1, GROUP).sum(dim=2)
@@ -43,7 +44,7 @@ def test_search_finds_the_best_fraction_of_each_group(problem):
 def test_least_squares_agrees_with_its_twin(problem):
     weight, _, hessian, scale = problem
     quantized = round_to(weight, scale)
-    fitted = least_squares_scales(weight, quantized, hessian, scale, damping=0.0)
+    fitted = least_squares_scales(weight, quantized, hessian, scale)
     factor = torch.linalg.cholesky(hessian.double(), upper=True)
     for row in range(1, ROWS):
         integers = torch.zeros(COLUMNS, COLUMNS // GROUP, dtype=torch.float64)
@@ -59,4 +60,4 @@ def test_least_squares_agrees_with_its_twin(problem):
 def test_least_squares_does_not_trust_extremes(problem):
     """Integers that fit nothing leave the scale as it was."""
     weight, _, hessian, scale = problem
-    assert torch.equal(least_squares_scales(-weight, round_to(weight, scale), hessian, scale, 0.01)[1:], scale[1:])
+    assert torch.equal(least_squares_scales(-weight, round_to(weight, scale), hessian, scale)[1:], scale[1:])

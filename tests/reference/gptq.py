@@ -1,4 +1,4 @@
-"""GPTQ of one pruned row, column by column, with an explicit inverse at every step."""
+"""Quantizing one pruned row: GPTQ with an explicit inverse at every step, and coordinate descent that counts costs."""
 
 import torch
 
@@ -16,3 +16,20 @@ def masked_gptq_row(weight, hessian, kept, quantize, order):
             weight[other] -= error * inverse[0, i]
         remaining = remaining[1:]
     return result
+
+
+def coordinate_descent_row(weight, quantized, hessian, kept, quantize):
+    """One pass over the columns. ``quantize`` of (value, column)."""
+    quantized = quantized.clone()
+
+    def cost(candidate):
+        return float((weight - candidate) @ hessian @ (weight - candidate))
+
+    for column in kept:
+        error = weight - quantized
+        target = float(quantized[column] + (hessian @ error)[column] / hessian[column, column])
+        candidate = quantized.clone()
+        candidate[column] = quantize(target, column)
+        if cost(candidate) < cost(quantized):
+            quantized = candidate
+    return quantized

@@ -9,16 +9,16 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from importlib.metadata import version
-from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from llmcompressor.modifiers.gptq import base, helpers
 from torch import Tensor
 
-__all__ = ["TESTED_VERSION", "QuantizeWeight", "check_internals", "entry_quantizer", "quantizing_weights_with"]
+from elsa_modifier.quantization.grid import Grid
+
+__all__ = ["TESTED_VERSION", "QuantizeWeight", "check_internals", "entry_grid", "quantizing_weights_with"]
 
 TESTED_VERSION = "0.14"
 
@@ -68,15 +68,10 @@ def quantizing_weights_with(make: Callable[[QuantizeWeight], QuantizeWeight]) ->
         base.quantize_weight = before
 
 
-def entry_quantizer(
+def entry_grid(
     args: QuantizationArgs, scale: Tensor, zero_point: Tensor, global_scale: Tensor | None, shape: tuple[int, int]
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Function of values (n,), their rows (n,) and columns (n,) to quantized and dequantized values (n,), fp32.
-
-    :param args: quantization of the weight
-    :param scale: of one weight, as its observer gives it; so ``zero_point`` and ``global_scale``
-    :param shape: of the weight
-    """
+) -> Grid:
+    """The grid of a weight of ``shape``, from the scale, zero point and global scale that its observer gives it."""
     rows, columns = shape
     width = {
         QuantizationStrategy.GROUP: args.group_size,
@@ -96,12 +91,4 @@ def entry_quantizer(
     )
     scales = scales[0].expand(rows, columns)
     zero_points = None if zero_points is None else zero_points[0].expand(rows, columns)
-    one_by_one: Any = copy(args)
-    one_by_one.strategy = QuantizationStrategy.CHANNEL
-
-    def quantize(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        zero = None if zero_points is None else zero_points[rows, columns].unsqueeze(1)
-        quantized: Tensor = fake_quantize(values.unsqueeze(1), scales[rows, columns].unsqueeze(1), zero, one_by_one)
-        return quantized.squeeze(1).float()
-
-    return quantize
+    return Grid.of(args, scales, zero_points)

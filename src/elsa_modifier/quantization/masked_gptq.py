@@ -14,114 +14,80 @@ A factor costs |S|^3 / 3 a row: at 90% a thousandth of what the dense one would.
 are factored together.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-__all__ = ["masked_gptq"]
+from elsa_modifier.quantization.grid import Grid
+
+__all__ = ["damped", "masked_gptq"]
 
 # Of the sub-Hessians that are factored at once.
 _CHUNK_BYTES = 1 << 27
 
 
-@torch.no_grad()
-def masked_gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    mask: Tensor,
-    quantize: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    order: Tensor,
-    damping: float = 0.01,
-    refinements: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Quantize the kept entries of a weight.
-
-    :param weight: (rows, columns), fp32, zero outside the mask
-    :param hessian: (columns, columns), fp32: sum of ``x x^T`` over inputs ``x``, times any number
-    :param mask: (rows, columns), bool: kept entries
-    :param quantize: function of values (n,), their rows (n,) and columns (n,) to quantized values (n,)
-    :param order: (columns,): columns in the order in which they are quantized
-    :param damping: added to the diagonal, as a fraction of its mean
-    :param refinements: passes of coordinate descent over the result, none of which makes it worse
-    :return: the quantized weight (rows, columns), zero outside the mask, and each row's ``e^T H e / 2`` (rows,)
-    :raises torch.linalg.LinAlgError: if the Hessian is not positive definite for some row
-    """
-    rows, columns = weight.shape
+def damped(hessian: Tensor, fraction: float) -> Tensor:
+    """``hessian`` (columns, columns) plus a fraction of its diagonal's mean, as GPTQ does it."""
     diagonal = hessian.diagonal()
     hessian = hessian.clone()
     # A column that never saw an input has no curvature; any will do.
-    hessian.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal) + damping * diagonal.mean())
+    hessian.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal) + fraction * diagonal.mean())
+    return hessian
+
+
+@torch.no_grad()
+def masked_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, grid: Grid, *, order: Tensor) -> Tensor:
+    """Quantize the kept entries of a weight.
+
+    :param weight: (rows, columns), fp32, zero outside the mask
+    :param hessian: (columns, columns), fp32: sum of ``x x^T`` over inputs ``x``, times any number; see :func:`damped`
+    :param mask: (rows, columns), bool: kept entries
+    :param grid: (rows, columns)
+    :param order: (columns,): columns in the order in which they are quantized
+    :return: (rows, columns), zero outside the mask
+    :raises torch.linalg.LinAlgError: if the Hessian is not positive definite for some row
+    """
+    rows, columns = weight.shape
     last_to_first = order.flip(0)
     hessian = hessian[last_to_first][:, last_to_first]
     kept = mask[:, last_to_first]
     counts = kept.sum(dim=1)
-    result = torch.zeros_like(weight)
-    losses = weight.new_zeros(rows)
     by_count = counts.argsort(stable=True)
+    ascending = counts[by_count].tolist()
+    result = torch.zeros_like(weight)
     start = 0
     while start < rows:
         # Of as many rows as fit, the last has the most kept columns; those it determines must fit as well.
         end = start + 1
-        while end < rows and 4 * int(counts[by_count[end]]) ** 2 * (end + 1 - start) <= _CHUNK_BYTES:
+        while end < rows and 4 * ascending[end] ** 2 * (end + 1 - start) <= _CHUNK_BYTES:
             end += 1
         chunk = by_count[start:end]
-        width = int(counts[chunk[-1]])
+        width = ascending[end - 1]
         if width:
             # Positions of the kept columns at the end, in order; what pads shorter rows comes first.
             places = kept[chunk].int().argsort(dim=1, stable=True)[:, columns - width :]
             used = kept[chunk].gather(1, places)
-            chosen = last_to_first[places]
-            values = weight[chunk].gather(1, chosen)
-            rows_of = chunk[:, None].expand_as(chosen)
-            sub_hessians = _sub_hessians(hessian, places, used)
-            quantized, loss = _quantize_rows(values, sub_hessians, used, quantize, rows_of, chosen, refinements)
-            result[rows_of[used], chosen[used]] = quantized[used]
-            losses[chunk] = loss
+            index = (chunk[:, None].expand_as(places), last_to_first[places])
+            quantized = _nearest_plane(weight[index], _sub_hessians(hessian, places, used), used, grid[index])
+            result[index[0][used], index[1][used]] = quantized[used]
         start = end
-    return result, losses
+    return result
 
 
 def _sub_hessians(hessian: Tensor, places: Tensor, used: Tensor) -> Tensor:
     """(rows, width, width): each row's own columns of the Hessian, the identity where it is padded."""
     sub = hessian[places[:, :, None], places[:, None, :]]
-    sub *= used[:, :, None] & used[:, None, :]
-    sub.diagonal(dim1=1, dim2=2).add_((~used).to(sub.dtype))
+    if not bool(used.all()):
+        sub *= used[:, :, None] & used[:, None, :]
+        sub.diagonal(dim1=1, dim2=2).add_((~used).to(sub.dtype))
     return sub
 
 
-def _quantize_rows(
-    values: Tensor,
-    hessians: Tensor,
-    used: Tensor,
-    quantize: Callable[[Tensor, Tensor, Tensor], Tensor],
-    rows: Tensor,
-    columns: Tensor,
-    refinements: int,
-) -> tuple[Tensor, Tensor]:
+def _nearest_plane(values: Tensor, hessians: Tensor, used: Tensor, grid: Grid) -> Tensor:
     """Values (rows, width), each row with its Hessian (rows, width, width), from the last column to the first."""
     factors = torch.linalg.cholesky(hessians, upper=True)
     errors = torch.zeros_like(values)
-    width = values.shape[1]
-
-    def take(j: int, target: Tensor) -> Tensor:
-        return torch.where(used[:, j], values[:, j] - quantize(target, rows[:, j], columns[:, j]), 0.0)
-
-    for j in reversed(range(width)):
+    for j in reversed(range(values.shape[1])):
         owed = (factors[:, j, j + 1 :] * errors[:, j + 1 :]).sum(dim=1) / factors[:, j, j]
-        errors[:, j] = take(j, values[:, j] + owed)
-    del factors
-    gradients = torch.bmm(hessians, errors.unsqueeze(2)).squeeze(2)
-    for _ in range(refinements):
-        for j in reversed(range(width)):
-            curvature = hessians[:, j, j]
-            better = take(j, values[:, j] + gradients[:, j] / curvature - errors[:, j])
-            change = better - errors[:, j]
-            # Rounding to the nearest is best on a uniform grid; on fp8's, or where the grid ends, nearly.
-            gain = change * (gradients[:, j] + 0.5 * curvature * change)
-            change = torch.where(gain < 0, change, 0.0)
-            errors[:, j] += change
-            # A row of the symmetric matrix: its column is scattered in memory.
-            gradients.addcmul_(hessians[:, j], change[:, None])
-    return values - errors, 0.5 * (errors * gradients).sum(dim=1)
+        rounded = grid[:, j].round(values[:, j] + owed)
+        errors[:, j] = torch.where(used[:, j], values[:, j] - rounded, 0.0)
+    return values - errors

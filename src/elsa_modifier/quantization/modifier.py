@@ -12,15 +12,20 @@ from loguru import logger
 from pydantic import Field
 from torch import Tensor
 
-from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_quantizer, quantizing_weights_with
-from elsa_modifier.quantization.masked_gptq import masked_gptq
-from elsa_modifier.quantization.scales import EntryQuantizer, least_squares_scales, search_scales
+from elsa_modifier.quantization.descent import coordinate_descent
+from elsa_modifier.quantization.grid import Grid
+from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_grid, quantizing_weights_with
+from elsa_modifier.quantization.masked_gptq import damped, masked_gptq
+from elsa_modifier.quantization.scales import least_squares_scales, search_scales
 
 __all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "mask_aware"]
 
-DEFAULT_REFINEMENTS = 1
+DEFAULT_REFINEMENTS = 4
 # A weight with fewer zeros than this was not pruned, and is stock GPTQ's.
 _PRUNED = 0.05
+# Up to this fraction of kept weights every row has a factor of its own; above, it gains nothing over GPTQ's usual one
+# that the descent after it does not (docs/results/masked_gptq_rules.md), and is much slower.
+_OWN_FACTORS = 0.4
 _FITTED_STRATEGIES = (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
 # Groups below this have no kernels, and their scales take a large part of what quantization saves.
 _SMALLEST_GROUP = 16
@@ -46,9 +51,9 @@ class MaskedGPTQModifier(GPTQModifier):
 
     Lifecycle: as GPTQModifier's.
 
-    :param refinements: passes of coordinate descent over each quantized row, after GPTQ's own pass
-    :param fit_scales: fit the scales of integer schemes to the kept weights: a search, GPTQ, least squares for the
-        integers found, GPTQ again. Otherwise they are the observer's
+    :param refinements: passes of coordinate descent over each quantized weight, after GPTQ's own pass
+    :param fit_scales: fit the scales of integer schemes to the kept weights: a search before GPTQ, and least squares
+        for the integers found between two refinements. Otherwise they are the observer's
 
     Its other parameters are those of GPTQModifier. Groups of a preset ``scheme`` that do not divide the model's widths
     are made smaller until they do; those of ``config_groups`` are taken as they are.
@@ -112,75 +117,78 @@ def mask_aware(
         results = []
         for i in range(weights.shape[0]):
             of_one = (
+                weights[i],
                 hessians[i],
                 scale[i],
                 zero_point[i],
                 None if global_scale is None else global_scale[i],
             )
-            if not is_pruned[i]:
-                batch = [None if t is None else t.unsqueeze(0) for t in of_one]
-                quantized, loss, fell_back = original(
-                    weights[i : i + 1], *batch, quant_args=quant_args, blocksize=blocksize, percdamp=percdamp
-                )
-                results.append((quantized[0], loss[0], fell_back[0]))
+            stock = partial(_quantize_as_stock, original, quant_args, blocksize, percdamp)
+            if is_pruned[i]:
+                results.append(_quantize_pruned(*of_one, quant_args, percdamp, stock, refinements, fit_scales))
             else:
-                results.append(
-                    _quantize_one(weights[i], kept[i], *of_one, quant_args, percdamp, refinements, fit_scales)
-                )
+                results.append(stock(*of_one))
         quantized, losses, fell_back = (torch.stack(values) for values in zip(*results, strict=True))
         return quantized, losses, fell_back
 
     return quantize_weight
 
 
-def _quantize_one(
+def _quantize_as_stock(
+    original: QuantizeWeight, args: QuantizationArgs, blocksize: int, damping: float, *of_one: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # It works in place.
+    batch = [None if t is None else t.unsqueeze(0).clone() for t in of_one]
+    quantized, loss, fell_back = original(*batch, quant_args=args, blocksize=blocksize, percdamp=damping)
+    return quantized[0], loss[0], fell_back[0]
+
+
+def _quantize_pruned(
     weight: Tensor,
-    mask: Tensor,
     hessian: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     global_scale: Tensor | None,
     args: QuantizationArgs,
     damping: float,
+    stock: QuantizeWeight,
     refinements: int,
     fit_scales: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, hessian = weight.float(), hessian.float()
-    rows, columns = weight.shape
-    device = weight.device
-
-    def quantizer(scale: Tensor) -> EntryQuantizer:
-        return entry_quantizer(args, scale, zero_point.to(device), global_scale, (rows, columns))
-
-    def gptq(scale: Tensor) -> tuple[Tensor, Tensor]:
-        return masked_gptq(
-            values, hessian, mask, quantizer(scale), order=order, damping=damping, refinements=refinements
-        )
-
-    if args.actorder in (ActivationOrdering.STATIC, ActivationOrdering.WEIGHT):
-        order = hessian.diagonal().argsort(descending=True)
-    else:
-        order = torch.arange(columns, device=device)
-    fitted = scale.to(device)
+    values, mask = weight.float(), weight != 0
+    observed, zero_point = scale.to(weight.device), zero_point.to(weight.device)
+    curvature = damped(hessian.float(), damping)
     fits = fit_scales and args.type == QuantizationType.INT and args.strategy in _FITTED_STRATEGIES
-    if fits:
-        fitted = search_scales(values, mask, hessian.diagonal(), fitted, quantizer)
+
+    def grid_of(scale: Tensor) -> Grid:
+        return entry_grid(args, scale, zero_point, global_scale, (weight.shape[0], weight.shape[1]))
+
+    fitted = search_scales(values, mask, curvature.diagonal(), observed, grid_of) if fits else observed
+    grid = grid_of(fitted)
+    fell_back = torch.tensor(False, device=weight.device)
     try:
-        quantized, losses = gptq(fitted)
-        if fits:
-            fitted = least_squares_scales(values, quantized, hessian, fitted, damping)
-            quantized, losses = gptq(fitted)
-        loss, fell_back = losses.sum(), torch.tensor(False, device=device)
+        if float(mask.float().mean()) <= _OWN_FACTORS:
+            quantized = masked_gptq(values, curvature, mask, grid, order=_order(curvature, args))
+        else:
+            quantized, _, fell_back = stock(weight, hessian, fitted, zero_point, global_scale)
+            quantized = quantized.float() * mask
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         logger.warning("A Hessian is not positive definite: rounding instead. More calibration samples would help.")
-        quantized = _round(values, mask, quantizer(fitted))
-        loss, fell_back = values.new_zeros(()), torch.tensor(True, device=device)
+        quantized, fell_back = grid.round(values) * mask, torch.tensor(True, device=weight.device)
+    for i in range(refinements):
+        if fits and i:
+            fitted = least_squares_scales(values, quantized, curvature, fitted)
+            integers = quantized / grid.scales
+            grid = grid_of(fitted)
+            quantized = grid.round(integers * grid.scales) * mask
+        quantized = coordinate_descent(values, quantized, curvature, mask, grid)
     scale.copy_(fitted)
-    return quantized.to(weight.dtype), loss, fell_back
+    errors = values - quantized
+    return quantized.to(weight.dtype), 0.5 * ((errors @ curvature) * errors).sum(), fell_back
 
 
-def _round(values: Tensor, mask: Tensor, quantize: EntryQuantizer) -> Tensor:
-    rows, columns = mask.nonzero(as_tuple=True)
-    quantized = torch.zeros_like(values)
-    quantized[rows, columns] = quantize(values[rows, columns], rows, columns)
-    return quantized
+def _order(curvature: Tensor, args: QuantizationArgs) -> Tensor:
+    """The order of columns that ``actorder`` asks for."""
+    if args.actorder in (ActivationOrdering.STATIC, ActivationOrdering.WEIGHT):
+        return curvature.diagonal().argsort(descending=True)
+    return torch.arange(curvature.shape[0], device=curvature.device)

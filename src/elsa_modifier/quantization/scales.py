@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["EntryQuantizer", "least_squares_scales", "search_scales"]
+from elsa_modifier.quantization.grid import Grid
+
+__all__ = ["least_squares_scales", "search_scales"]
 
 # Fractions of an observer's scale that are tried.
 _FRACTIONS = torch.linspace(0.4, 1.1, 29).tolist()
@@ -17,11 +19,9 @@ _FRACTIONS = torch.linspace(0.4, 1.1, 29).tolist()
 _FURTHEST = 3.0
 _CHUNK_BYTES = 1 << 27
 
-EntryQuantizer = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 def search_scales(
-    weight: Tensor, mask: Tensor, importance: Tensor, scale: Tensor, quantizer: Callable[[Tensor], EntryQuantizer]
+    weight: Tensor, mask: Tensor, importance: Tensor, scale: Tensor, grid_of: Callable[[Tensor], Grid]
 ) -> Tensor:
     """The fraction of each group's scale that rounds its kept weights with the least error.
 
@@ -29,7 +29,7 @@ def search_scales(
     :param mask: (rows, columns), bool: kept entries
     :param importance: (columns,), of a column's squared errors: the diagonal of the Hessian
     :param scale: (rows, groups); a group is ``columns / groups`` consecutive columns
-    :param quantizer: function of scales to a function of values, their rows and columns, to quantized values
+    :param grid_of: function of scales to the weight's grid
     :return: (rows, groups), of the scale's dtype
     """
     rows, columns = mask.nonzero(as_tuple=True)
@@ -38,7 +38,7 @@ def search_scales(
     best, least = scale, None
     for fraction in _FRACTIONS:
         tried = (scale * fraction).to(scale.dtype)
-        squared = (values - quantizer(tried)(values, rows, columns)).square() * importance[columns]
+        squared = (values - grid_of(tried)[rows, columns].round(values)).square() * importance[columns]
         errors = torch.zeros(scale.numel(), device=scale.device).index_add_(0, groups, squared).view_as(scale)
         better = torch.ones_like(errors, dtype=torch.bool) if least is None else errors < least
         least = errors if least is None else torch.where(better, errors, least)
@@ -46,20 +46,18 @@ def search_scales(
     return best
 
 
-def least_squares_scales(weight: Tensor, quantized: Tensor, hessian: Tensor, scale: Tensor, damping: float) -> Tensor:
+def least_squares_scales(weight: Tensor, quantized: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
     """The scales that make a row's integers fit it best: the minimum of ``(w - Z s)^T H (w - Z s)`` over ``s``.
 
     :param weight: (rows, columns), fp32
     :param quantized: (rows, columns): the integers ``Z`` (less their zero points) times their group's scale
     :param hessian: (columns, columns)
     :param scale: (rows, groups), of ``quantized``
-    :param damping: of the Hessian, as in GPTQ
     :return: (rows, groups), of the scale's dtype
     """
     rows, columns = weight.shape
     count = scale.shape[1]
     size = columns // count
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, device=hessian.device)
     blocks = hessian.view(count, size, count, size)
     fitted = scale.float().clone()
     step = max(1, _CHUNK_BYTES // (4 * columns * count))
