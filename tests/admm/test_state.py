@@ -1,9 +1,12 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure
 from elsa_modifier.admm.state import ADMMState
+from elsa_modifier.admm.storage import Scratch, StateDtype
 from tests.reference.admm import TwoTensorADMM, penalty_at
 
 SCHEDULES = ["constant", "linear", "cosine", "exponential"]
@@ -13,18 +16,19 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", get_args(StateDtype))
 @pytest.mark.parametrize("free_support", [False, True])
 @pytest.mark.parametrize("structure", [MaskStructure(), MaskStructure(2, 4)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("with_scratch", [False, True])
-def test_one_tensor_agrees_with_two(free_support, structure, schedule, with_scratch):
+def test_one_tensor_agrees_with_two(dtype, free_support, structure, schedule, with_scratch):
     torch.manual_seed(0)
-    x = torch.randn(12, 20)
-    keep = 120 if structure.sparsity else 50
-    scratch = torch.empty(x.numel() + 7) if with_scratch else None
-    state = ADMMState(x, keep, structure, free_support=free_support)
+    x = torch.randn(30, 20)  # two blocks and a part
+    keep = 300 if structure.sparsity else 125
+    scratch = Scratch(x.numel(), x.device) if with_scratch else None
+    state = ADMMState(x, keep, structure, free_support=free_support, dtype=dtype)
     group = None if structure.is_unstructured else (structure.zeroed, structure.group)
-    twin = TwoTensorADMM(x.clone(), keep, group, free_support=free_support)
+    twin = TwoTensorADMM(x.clone(), keep, group, free_support=free_support, dtype=dtype)
     penalty = PenaltySchedule(0.3, schedule, 40)
     for step in range(60):
         lam = penalty(step)

@@ -19,6 +19,26 @@ def keep_mask(scores: Tensor, keep: int, group: tuple[int, int] | None = None) -
     return mask.reshape(scores.shape)
 
 
+def stored(values: Tensor, dtype: str, block: int = 256) -> Tensor:
+    """What is read back of fp32 values written in a low-precision format, block by block."""
+    if dtype == "fp32":
+        return values
+    if dtype == "bf16":
+        return values.bfloat16().float()
+    largest = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}[dtype]
+    flat, result = values.flatten(), []
+    for start in range(0, len(flat), block):
+        part = flat[start : start + block]
+        scale = part.abs().max() / largest
+        if scale == 0:
+            result.append(part)
+        elif dtype == "int8":
+            result.append((part / scale).round() * scale)
+        else:
+            result.append((part / scale).to(getattr(torch, dtype)).float() * scale)
+    return torch.cat(result).view_as(values) if result else values
+
+
 def penalty_at(step: int, value: float, schedule: str, steps: int) -> float:
     """Penalty schedules, each written out."""
     if step >= steps:
@@ -35,11 +55,17 @@ class TwoTensorADMM:
     """z and u of one weight, both dense; u rescaled at every step so that lam * u stays what it was."""
 
     def __init__(
-        self, x: Tensor, keep: int, group: tuple[int, int] | None = None, *, free_support: bool = False
+        self,
+        x: Tensor,
+        keep: int,
+        group: tuple[int, int] | None = None,
+        *,
+        free_support: bool = False,
+        dtype: str = "fp32",
     ) -> None:
-        self.keep, self.group, self.free_support = keep, group, free_support
+        self.keep, self.group, self.free_support, self.dtype = keep, group, free_support, dtype
         self.mask = keep_mask(x.abs(), keep, group)
-        self.z = x * self.mask
+        self.z = stored(x * self.mask, dtype)
         self.u = torch.zeros_like(x)
         self.penalty = 0.0
 
@@ -70,5 +96,5 @@ class TwoTensorADMM:
         v = x + self.u
         scores = v.abs() if fisher is None else fisher.sqrt() * v.abs()
         self.mask = keep_mask(scores, self.keep, self.group)
-        self.z = v * self.mask
-        self.u = v - self.z if penalty > 0 else torch.zeros_like(v)
+        self.z = stored(v * self.mask, self.dtype)
+        self.u = stored(penalty * v * ~self.mask, self.dtype) / penalty if penalty > 0 else torch.zeros_like(v)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure
 from elsa_modifier.admm.state import ADMMState
+from elsa_modifier.admm.storage import Scratch, StateDtype
 
 __all__ = ["ADMMOptimizer", "Projection", "PrunedWeight"]
 
@@ -22,7 +23,7 @@ class PrunedWeight:
     """One weight to prune.
 
     :param name: what errors and reports call it
-    :param weight: fp32 parameter, also among the base optimizer's parameters
+    :param weight: contiguous fp32 or bf16 parameter, also among the base optimizer's parameters
     :param keep: how many entries stay
     :param structure: the zero pattern, which must leave ``keep`` entries
     """
@@ -57,6 +58,7 @@ class ADMMOptimizer:
     :param interval: optimizer steps between z- and u-updates
     :param projection: ``fisher`` weighs entries by the base optimizer's second moment, ``magnitude`` does not
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
+    :param state_dtype: what the ADMM state is stored in
     :raises ValueError: for an empty list, an interval below 1, or a decoupled penalty outside [0, 1]
     """
 
@@ -71,6 +73,7 @@ class ADMMOptimizer:
         interval: int = 32,
         projection: Projection = "fisher",
         freeze_step: int,
+        state_dtype: StateDtype = "fp32",
     ) -> None:
         if not weights:
             raise ValueError("there is no weight to prune")
@@ -89,11 +92,19 @@ class ADMMOptimizer:
         self.frozen = False
         self.projection_count = 0
         self.last_residual = self.last_entered = torch.zeros(())
+        self._scratch = Scratch(max(w.weight.numel() for w in self.weights), self.weights[0].weight.device)
         self.states = [
-            ADMMState(w.weight.detach(), w.keep, w.structure, free_support=free_support) for w in self.weights
+            ADMMState(
+                w.weight.detach(),
+                w.keep,
+                w.structure,
+                free_support=free_support,
+                dtype=state_dtype,
+                scratch=self._scratch,
+            )
+            for w in self.weights
         ]
-        largest = max(w.weight.numel() for w in self.weights)
-        self._scratch = torch.empty(largest + 7, device=self.weights[0].weight.device)
+        self._state_of = {id(w.weight): state for w, state in self._pairs()}
         if freeze_step <= 0:
             self._freeze()
 
@@ -103,25 +114,61 @@ class ADMMOptimizer:
 
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
-        penalty = self.penalty(self.step_count)
-        if self.form == "coupled" and not self.frozen and penalty > 0:
-            for pruned, state in self._pairs():
-                if pruned.weight.grad is None:
-                    pruned.weight.grad = torch.zeros_like(pruned.weight)
-                state.add_proximal_gradient_(pruned.weight.grad, pruned.weight, penalty, self._scratch)
+        for pruned, state in self._pairs():
+            if pruned.weight.grad is None and self._penalizes_gradients():
+                pruned.weight.grad = torch.zeros_like(pruned.weight)
+            self._before_base_step(pruned.weight, state)
         self.base.step()
+        for pruned, state in self._pairs():
+            self._after_base_step(pruned.weight, state)
+        self.end_step()
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: nn.Parameter) -> None:
+        """The part of :meth:`step` that belongs to one of the base optimizer's parameters, which has its gradient.
+
+        With gradient release each parameter takes its step as soon as its gradient is there; :meth:`end_step` follows
+        when all have.
+        """
+        state = self._state_of.get(id(parameter))
+        if state is not None:
+            self._before_base_step(parameter, state)
+        groups = [(group, group["params"]) for group in self.base.param_groups]
+        for group, parameters in groups:
+            group["params"] = [parameter] if any(p is parameter for p in parameters) else []
+        try:
+            self.base.step()
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+        if state is not None:
+            self._after_base_step(parameter, state)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Count the step, and project or fix the mask if it is time; :meth:`step` does this itself."""
         self.step_count += 1
         if self.frozen:
-            self._apply_masks()
             return
-        if self.form == "decoupled" and penalty > 0:
-            for pruned, state in self._pairs():
-                state.pull_(pruned.weight, penalty, self._scratch)
         if self.step_count >= self.freeze_step:
             self.project()
             self._freeze()
         elif self.step_count % self.interval == 1 % self.interval:
             self.project()
+
+    def _penalizes_gradients(self) -> bool:
+        return self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0
+
+    def _before_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
+        if self._penalizes_gradients() and weight.grad is not None:
+            state.add_proximal_gradient_(weight.grad, weight, self.penalty(self.step_count), self._scratch)
+
+    def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
+        penalty = self.penalty(self.step_count)
+        if self.frozen:
+            state.apply_mask_(weight, self._scratch)
+        elif self.form == "decoupled" and penalty > 0:
+            state.pull_(weight, penalty, self._scratch)
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""
@@ -176,7 +223,8 @@ class ADMMOptimizer:
                 "use an optimizer of the Adam family, or projection 'magnitude'"
             )
         fisher: Tensor = moments["exp_avg_sq"]
-        return fisher
+        # torchao's optimizers keep it quantized.
+        return fisher.dequantize() if hasattr(fisher, "codes") else fisher.float()
 
     def _freeze(self) -> None:
         self.frozen = True

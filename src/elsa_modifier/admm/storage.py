@@ -1,0 +1,141 @@
+"""A tensor held in few bits an entry, written and read a chunk at a time: ``Q(t) = (round(t / s), s)``.
+
+ELSA-L (arXiv 2510.01650, section 3.4) keeps the ADMM state in such formats, and computes in fp32. The scale ``s`` is
+``max|t| / v_max``, of every block of 256 entries: magnitudes differ by orders within a tensor, and one scale for all of
+it would leave int8 a few levels for most (docs/results/state_formats.md). The two supports of a state have scales of
+their own, since ``z`` and ``u`` live at different magnitudes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elsa_modifier.admm.bitmask import select_by_bits
+
+__all__ = ["BLOCK", "Scratch", "StateDtype", "StoredPair", "chunks"]
+
+StateDtype = Literal["fp32", "bf16", "float8_e4m3fn", "float8_e5m2", "int8"]
+
+BLOCK = 256
+# Entries that are worked on at once: on a CPU they stay in its cache, elsewhere temporaries stay small.
+_CPU_CHUNK = 1 << 18
+_CHUNK = 1 << 24
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+
+
+def _padded(entries: int) -> int:
+    """``entries``, rounded up to whole blocks."""
+    return -(-entries // BLOCK) * BLOCK
+
+
+def chunks(entries: int, device: torch.device) -> list[tuple[int, int]]:
+    """Start and end of the chunks of a flat tensor; each starts at a whole block."""
+    size = _CPU_CHUNK if device.type == "cpu" else _CHUNK
+    return [(start, min(start + size, entries)) for start in range(0, entries, size)]
+
+
+class StoredPair:
+    """A flat tensor whose entries are of one of two kinds, as a packed mask says, each kind with scales of its own.
+
+    :param entries: of the tensor
+    :param both_kinds: whether entries inside the mask are stored as well; otherwise they are zero
+    """
+
+    def __init__(self, entries: int, dtype: StateDtype, device: torch.device, *, both_kinds: bool) -> None:
+        self._codes = torch.zeros(entries, dtype=_DTYPES[dtype], device=device)
+        self._scales: list[Tensor] = []
+        if self._codes.dtype in _LARGEST:
+            blocks = _padded(entries) // BLOCK
+            self._scales = [torch.zeros(blocks, device=device) for _ in range(1 + both_kinds)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._codes.nbytes + sum(scale.nbytes for scale in self._scales)
+
+    def read(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
+        """Entries ``start`` to ``end`` of the tensor, fp32: a view of the storage or of ``scratch``, to be read only.
+
+        :param bits: the mask of these entries, packed
+        """
+        codes = self._codes[start:end]
+        if codes.dtype == torch.float32:
+            return codes
+        values = _as_float(codes, scratch.stored[: end - start])
+        if self._scales:
+            _scale_blocks(values, self._entry_scales(start, end, bits, scratch), torch.Tensor.mul_)
+        return values
+
+    def write(self, start: int, end: int, values: Tensor, bits: Tensor, scratch: "Scratch") -> None:
+        """Store fp32 ``values``, which may be overwritten, as entries ``start`` to ``end``."""
+        if self._scales:
+            largest = _LARGEST[self._codes.dtype]
+            for kind, scale in enumerate(self._scales):
+                of_kind = values * select_by_bits(bits, values.shape, float(kind), 1.0 - kind, scratch.selection)
+                scale[start // BLOCK : _padded(end) // BLOCK] = _block_maxima(of_kind) / largest
+            scales = self._entry_scales(start, end, bits, scratch)
+            _scale_blocks(values, torch.where(scales == 0, 1.0, scales), torch.Tensor.div_)
+            if self._codes.dtype == torch.int8:
+                values.round_()
+        self._codes[start:end].copy_(values)
+
+    def _entry_scales(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
+        """Scales that broadcast to (blocks, BLOCK): (blocks, 1), or (blocks, BLOCK) where there are two kinds."""
+        outside, *inside = (scale[start // BLOCK : _padded(end) // BLOCK, None] for scale in self._scales)
+        if not inside:
+            return outside
+        is_inside = select_by_bits(bits, torch.Size([8 * bits.numel()]), 1.0, 0.0, scratch.selection)
+        padding = _padded(end - start) - is_inside.numel()
+        is_inside = torch.nn.functional.pad(is_inside, (0, padding)).view(-1, BLOCK)
+        return torch.addcmul(outside, is_inside, inside[0] - outside)
+
+
+class Scratch:
+    """fp32 buffers that every weight of a device shares.
+
+    :param largest: entries of the largest weight
+    """
+
+    def __init__(self, largest: int, device: torch.device) -> None:
+        size = _padded(max((end - start for start, end in chunks(largest, device)), default=0))
+        self.selection = torch.empty(size, device=device)
+        self.stored = torch.empty(size, device=device)
+        self.weight = torch.empty(size, device=device)
+        self.whole = torch.empty(largest, device=device)
+
+
+def _as_float(codes: Tensor, out: Tensor) -> Tensor:
+    if codes.device.type == "cpu" and codes.element_size() == 1 and codes.is_floating_point():
+        # A table look-up; converting takes a CPU five times as long.
+        return torch.index_select(_float8_table(codes.dtype), 0, codes.view(torch.uint8).to(torch.int32), out=out)
+    return out.copy_(codes)
+
+
+@functools.cache
+def _float8_table(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _scale_blocks(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """``scale_`` (entries,) values in place by (blocks, 1 or BLOCK) scales; the last block may be short."""
+    whole = values.numel() // BLOCK
+    scale_(values[: whole * BLOCK].view(-1, BLOCK), scales[:whole])
+    rest = values[whole * BLOCK :]
+    if rest.numel():
+        scale_(rest, scales[whole].expand(BLOCK)[: rest.numel()])
+
+
+def _block_maxima(values: Tensor) -> Tensor:
+    padding = -values.numel() % BLOCK
+    return torch.nn.functional.pad(values.abs(), (0, padding)).view(-1, BLOCK).amax(dim=1)
