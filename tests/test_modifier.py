@@ -203,6 +203,13 @@ def test_targets_outside_the_mapping_and_ignored_ones_stay_dense(load, texts):
         dict(gradient_accumulation_steps=3, lr_schedule="cosine", warmup_steps=2, max_grad_norm=None),
         dict(interval=1, lr=None, lr_schedule="constant"),
         dict(sparsity=0.0),
+        dict(state_dtype="int8"),
+        dict(dual_dtype="bf16", split_dtype="float8_e4m3fn", penalty=dict(form="coupled", value=1e-3)),
+        dict(state_dtype="float8_e4m3fn", penalty=dict(free_support=False)),
+        dict(optimizer="adamfp8", weight_dtype="bf16", precision="bf16", state_dtype="float8_e5m2"),
+        dict(gradient_release=True, max_grad_norm=None),
+        dict(gradient_release=True, max_grad_norm=None, penalty=dict(form="coupled", value=1e-3)),
+        dict(activation_checkpointing=True),
     ],
     ids=str,
 )
@@ -215,6 +222,53 @@ def test_every_option_ends_exactly_sparse(fields, load, texts):
         weight = model.get_submodule(name).weight
         assert torch.equal(weight != 0, mask)
         assert not torch.signbit(weight[~mask]).any()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe"])
+@pytest.mark.parametrize("form", ["decoupled", "coupled"])
+def test_releasing_gradients_changes_no_bit(name, form, load, tokens):
+    """Neither does running layers again. Experts that saw no token in a step have no gradient to release."""
+    settings = dict(max_grad_norm=None, penalty=dict(form=form, value=0.1))
+    plain, released, checkpointed = (
+        oneshot(model=load(name), dataset=tokens, recipe=[elsa(**settings, **fields)]).state_dict()
+        for fields in ({}, dict(gradient_release=True), dict(activation_checkpointing=True))
+    )
+    for key, value in plain.items():
+        assert torch.equal(released[key], value), key
+        assert torch.equal(checkpointed[key], value), key
+
+
+def test_released_gradients_are_not_alive_together(load, texts):
+    alive = []
+
+    class Watching(ELSAModifier):
+        def _build_optimizer(self, model, targets):
+            optimizer = super()._build_optimizer(model, targets)
+            step = optimizer.step_parameter
+
+            def watched(parameter):
+                alive.append(sum(p.grad is not None for p in model.parameters()))
+                step(parameter)
+
+            optimizer.step_parameter = watched
+            return optimizer
+
+    modifier = Watching(**QUICK, sparsity=0.9, gradient_release=True, max_grad_norm=None)
+    oneshot(model=load(), dataset=texts, recipe=[modifier])
+    assert len(alive) >= 10 * 20 and max(alive) <= 3
+    assert all(record.grad_norm > 0 for record in modifier.history)
+
+
+def test_a_class_that_cannot_checkpoint_activations_is_refused(load, texts, monkeypatch):
+    model = load()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="activation_checkpointing is true, but LlamaForCausalLM does not support it"):
+        oneshot(model=model, dataset=texts, recipe=[elsa(activation_checkpointing=True)])
+
+
+def test_a_model_keeps_its_checkpointing(load, texts):
+    model = oneshot(model=load(), dataset=texts, recipe=[elsa(activation_checkpointing=True)])
+    assert not model.is_gradient_checkpointing and model.dtype == torch.float32
 
 
 def test_masked_training_follows_the_mask(load, texts):
@@ -331,7 +385,17 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(betas=[0.9, 1.0]), "betas is"),
         (dict(betas=[0.9]), "betas\n"),
         (dict(max_grad_norm=0), "max_grad_norm"),
-        (dict(optimizer="sgd"), "optimizer\n  Input should be 'adam' or 'adamw'"),
+        (dict(optimizer="sgd"), "optimizer\n  Input should be 'adam', 'adamw', 'adam8bit'"),
+        (dict(dual_dtype="bf16"), "dual_dtype and split_dtype go together"),
+        (dict(dual_dtype="bf16", split_dtype="int8", state_dtype="int8"), "state_dtype is set beside"),
+        (dict(state_dtype="fp4"), "state_dtype\n  Input should be 'fp32', 'bf16'"),
+        (dict(weight_dtype="bf16", precision="bf16"), "use one that rounds stochastically: adam8bit"),
+        (dict(weight_dtype="bf16", optimizer="adamfp8"), "a bf16 model computes in bf16"),
+        (dict(gradient_release=True), "set max_grad_norm to null"),
+        (
+            dict(gradient_release=True, max_grad_norm=None, gradient_accumulation_steps=2),
+            "gradient_accumulation_steps must be 1, not 2",
+        ),
         (dict(interval=0), "interval"),
         (dict(penalty=dict(value=1.5)), "penalty.value is 1.5; the decoupled form allows 0 to 1"),
         (dict(penalty=dict(form="coupled")), "penalty.value is not set"),

@@ -19,10 +19,17 @@ from elsa_modifier.admm.bitmask import unpack_bits
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
 from elsa_modifier.admm.projection import parse_mask_structure
+from elsa_modifier.admm.storage import StateDtype, wider_dtype
 from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
 from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
+from elsa_modifier.training.base_optimizer import (
+    LOW_BIT_OPTIMIZERS,
+    OptimizerName,
+    build_base_optimizer,
+    check_optimizer,
+)
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
@@ -34,7 +41,7 @@ __all__ = ["ELSAModifier", "Penalty"]
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # Modifiers of llm-compressor that multiply weights by matrices.
 _ROTATIONS = ("QuIPModifier", "SpinQuantModifier")
-_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Penalty(BaseModel):
@@ -108,7 +115,8 @@ class ELSAModifier(Modifier):
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
     :param betas: Adam's two decay rates
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
-    :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01)
+    :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01); or, from torchao, with
+        moments in few bits: ``adam8bit``, ``adam4bit`` or ``adamfp8``
     :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
         for ten updates
     :param penalty: see :class:`Penalty`
@@ -116,7 +124,16 @@ class ELSAModifier(Modifier):
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
         accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
     :param seed: of the order of the data and of dropout
-    :param precision: ``bf16`` (fp32 weights, bf16 autocast) or ``fp32``
+    :param precision: of the forward and backward pass: ``bf16`` (autocast) or ``fp32``
+    :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding, which
+        needs one of torchao's optimizers
+    :param state_dtype: what the ADMM state is stored in: ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or
+        ``int8``
+    :param dual_dtype: with ``split_dtype``, the published way to name formats, of ``u`` and of ``z``. They share one
+        tensor here, which takes the more precise of the two
+    :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
+        ``max_grad_norm: null`` and no gradient accumulation
+    :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
     :param checkpoint: how ``output_dir`` and ``save_pretrained`` write the model: ``dense``, as ever, or in the sparse
         format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``
     """
@@ -136,13 +153,19 @@ class ELSAModifier(Modifier):
     warmup_steps: int = Field(0, ge=0)
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: OptimizerName = "adam"
     interval: int | None = Field(None, ge=1)
     penalty: Penalty = Field(default_factory=Penalty)
     projection: Projection = "fisher"
     finalize_at: float = Field(0.8, ge=0, le=1, validation_alias=AliasChoices("finalize", "finalize_at"))
     seed: int = Field(0, ge=0)
     precision: Precision = "bf16"
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: StateDtype = "fp32"
+    dual_dtype: StateDtype | None = None
+    split_dtype: StateDtype | None = None
+    gradient_release: bool = False
+    activation_checkpointing: bool = False
     checkpoint: Encoding = "dense"
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
@@ -180,6 +203,32 @@ class ELSAModifier(Modifier):
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; allowed is less than steps, {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_in_memory_as_asked(self) -> "ELSAModifier":
+        if (self.dual_dtype is None) != (self.split_dtype is None):
+            raise ValueError("dual_dtype and split_dtype go together; for one format of both, set state_dtype")
+        if self.dual_dtype and "state_dtype" in self.model_fields_set:
+            raise ValueError("state_dtype is set beside dual_dtype and split_dtype; leave it, or these two, out")
+        if self.weight_dtype == "bf16" and self.optimizer not in LOW_BIT_OPTIMIZERS:
+            raise ValueError(
+                f"weight_dtype is 'bf16' and optimizer {self.optimizer!r}, which would lose small updates to rounding; "
+                f"use one that rounds stochastically: {', '.join(LOW_BIT_OPTIMIZERS)}"
+            )
+        if self.weight_dtype == "bf16" and self.precision == "fp32":
+            raise ValueError("weight_dtype is 'bf16' and precision 'fp32'; a bf16 model computes in bf16")
+        if self.gradient_release and self.max_grad_norm is not None:
+            raise ValueError(
+                "gradient_release steps before all gradients are known, so their global norm cannot be clipped: set "
+                "max_grad_norm to null, or gradient_release to false"
+            )
+        if self.gradient_release and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_release steps in every backward pass, so gradient_accumulation_steps must be 1, not "
+                f"{self.gradient_accumulation_steps}; activation_checkpointing makes room for a larger batch_size"
+            )
+        check_optimizer(self.optimizer)
         return self
 
     @property
@@ -232,7 +281,15 @@ class ELSAModifier(Modifier):
             separator=_first_token(model.config.get_text_config().eos_token_id),
             seed=self.seed,
         )
-        with trainable(model, accelerator.device), torch.random.fork_rng():
+        with (
+            trainable(
+                model,
+                accelerator.device,
+                dtype=_WEIGHT_DTYPES[self.weight_dtype],
+                activation_checkpointing=self.activation_checkpointing,
+            ),
+            torch.random.fork_rng(),
+        ):
             torch.manual_seed(self.seed)
             targets = self._find_targets(model)
             optimizer = self._build_optimizer(model, targets)
@@ -252,6 +309,7 @@ class ELSAModifier(Modifier):
                 precision=self.precision,
                 accelerator=accelerator,
                 history=self._history,
+                gradient_release=self.gradient_release,
             )
             for target, pair in zip(targets, optimizer.states, strict=True):
                 self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
@@ -309,11 +367,11 @@ class ELSAModifier(Modifier):
         structure = parse_mask_structure(self.mask_structure)
         weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
         parameters = [p for p in model.parameters() if p.requires_grad]
-        base = _OPTIMIZERS[self.optimizer](
+        base = build_base_optimizer(
+            self.optimizer,
             parameters,
             lr=self.lr or self._default_learning_rate(model, weights),
-            betas=tuple(self.betas),
-            fused=parameters[0].device.type in ("cpu", "cuda"),
+            betas=(self.betas[0], self.betas[1]),
         )
         freeze_step = round(self.finalize_at * self.steps)
         return ADMMOptimizer(
@@ -325,6 +383,7 @@ class ELSAModifier(Modifier):
             interval=self.interval or min(32, max(1, freeze_step // 10)),
             projection=self.projection,
             freeze_step=freeze_step,
+            state_dtype=wider_dtype(self.dual_dtype, self.split_dtype) or self.state_dtype,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:

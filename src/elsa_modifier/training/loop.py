@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.training.data import BatchSource
+from elsa_modifier.training.gradient_release import releasing_gradients
 from elsa_modifier.training.objective import count_targets, next_token_loss
 
 __all__ = ["Precision", "StepRecord", "TrainingDiverged", "train"]
@@ -67,35 +69,45 @@ def train(
     precision: Precision,
     accelerator: Accelerator,
     history: list[StepRecord],
+    gradient_release: bool = False,
 ) -> None:
     """Run ``steps`` optimizer steps and append a record of each to ``history``.
 
     :param model: in training mode, on the accelerator's device, fp32 parameters
     :param max_grad_norm: clip the global gradient norm to this; None does not clip
     :param precision: ``bf16`` runs forward and backward under autocast
-    :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight
+    :param gradient_release: see :mod:`elsa_modifier.training.gradient_release`; needs ``max_grad_norm`` None and a
+        single micro-batch
+    :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight; with
+        gradient release a norm is known only afterwards
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = time.perf_counter()
     shown_residual = ""
     seen = 0
-    with tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar:
+    releasing = releasing_gradients(optimizer, parameters) if gradient_release else nullcontext()
+    with tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar, releasing as release:
         for step in range(steps):
-            loss, tokens = _accumulate_gradients(model, batches.micro_batches(step), precision, accelerator)
-            norm = nn.utils.get_total_norm(_gradients(parameters))
-            mean_loss, grad_norm = torch.stack([loss, norm]).tolist()
-            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-                raise TrainingDiverged(
-                    f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}. Lower lr (now "
-                    f"{scheduler.get_last_lr()[0]:g}), add warmup_steps, or set precision to 'fp32'; "
-                    "no weight was changed in this step"
-                )
-            if max_grad_norm is not None and grad_norm > max_grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
             learning_rate = float(scheduler.get_last_lr()[0])
             penalty = 0.0 if optimizer.frozen else optimizer.penalty(step)
             projections = optimizer.projection_count
-            optimizer.step()
+            micro_batches = batches.micro_batches(step)
+            tokens = _count_tokens(micro_batches)
+            if release is None:
+                loss = _accumulate_gradients(model, micro_batches, tokens, precision, accelerator)
+                norm = nn.utils.get_total_norm(_gradients(parameters))
+                mean_loss, grad_norm = _finite(step, learning_rate, loss, norm)
+                if max_grad_norm is not None and grad_norm > max_grad_norm:
+                    nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+                optimizer.step()
+            else:
+                (batch,) = micro_batches
+                loss = _loss(model, batch, tokens, precision, accelerator.device)
+                _finite(step, learning_rate, loss.detach(), torch.zeros_like(loss))
+                accelerator.backward(loss)
+                mean_loss, grad_norm = _finite(
+                    step, learning_rate, loss.detach(), release.finish(), "weights have been changed in this step"
+                )
             scheduler.step()
             optimizer.zero_grad()
             seen += tokens
@@ -124,22 +136,51 @@ def train(
             bar.update()
 
 
-def _accumulate_gradients(
-    model: nn.Module, micro_batches: list[dict[str, Tensor]], precision: Precision, accelerator: Accelerator
-) -> tuple[Tensor, int]:
-    """Forward and backward of one optimizer step: its mean loss per predicted token, and how many those are."""
-    device = accelerator.device
+def _count_tokens(micro_batches: list[dict[str, Tensor]]) -> int:
     tokens = sum(count_targets(batch["labels"]) for batch in micro_batches)
     if tokens == 0:
         raise ValueError("a batch has no token to predict: every label is masked out")
-    total = torch.zeros((), device=device)
+    return tokens
+
+
+def _loss(
+    model: nn.Module, batch: dict[str, Tensor], tokens: int, precision: Precision, device: torch.device
+) -> Tensor:
+    """Over the tokens of the whole step, so that accumulation does not change the result."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return next_token_loss(model, {key: value.to(device) for key, value in batch.items()}) / tokens
+
+
+def _accumulate_gradients(
+    model: nn.Module,
+    micro_batches: list[dict[str, Tensor]],
+    tokens: int,
+    precision: Precision,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Forward and backward of one optimizer step: its mean loss per predicted token."""
+    total = torch.zeros((), device=accelerator.device)
     for batch in micro_batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            # Over the tokens of the whole step, so that accumulation does not change the result.
-            loss = next_token_loss(model, {key: value.to(device) for key, value in batch.items()}) / tokens
+        loss = _loss(model, batch, tokens, precision, accelerator.device)
         accelerator.backward(loss)
         total += loss.detach()
-    return total, tokens
+    return total
+
+
+def _finite(
+    step: int,
+    learning_rate: float,
+    loss: Tensor,
+    norm: Tensor,
+    consequence: str = "no weight was changed in this step",
+) -> tuple[float, float]:
+    mean_loss, grad_norm = torch.stack([loss, norm.float()]).tolist()
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        raise TrainingDiverged(
+            f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}. Lower lr (now {learning_rate:g}), add "
+            f"warmup_steps, or set precision to 'fp32'; {consequence}"
+        )
+    return mean_loss, grad_norm
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:

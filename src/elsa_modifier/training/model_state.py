@@ -17,14 +17,22 @@ __all__ = ["trainable"]
 
 
 @contextlib.contextmanager
-def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Within the context every floating-point parameter of ``model`` is fp32, on ``device`` and requires a gradient.
+def trainable(
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+) -> Iterator[None]:
+    """Within the context floating-point parameters are of ``dtype``, contiguous, on ``device``, and require gradients.
 
     llm-compressor's offloading is taken off, other modifiers' hooks do not fire, experts see only the tokens routed to
     them, and modules are in training mode. Afterwards, whether or not the body failed, all of this is as before; the
     parameters are back in their dtype and place, with new values and without gradients.
 
-    :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device)
+    :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
+    :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device), or the model's
+        class does not know activation checkpointing
     """
     offloaded = any(isinstance(module._parameters, OffloadCache) for module in model.modules())
     with contextlib.ExitStack() as stack:
@@ -37,7 +45,9 @@ def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             if parameter.is_meta:
                 raise ValueError(f"parameter {name} has no data to train; load the model into memory, not onto disk")
         stack.callback(_restore_modes, {module: module.training for module in model.modules()})
-        stack.enter_context(_training_tensors(model, device))
+        stack.enter_context(_training_tensors(model, device, dtype))
+        if activation_checkpointing:
+            stack.enter_context(_activation_checkpointing(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
         stack.enter_context(torch.enable_grad())
@@ -51,12 +61,25 @@ def _restore_modes(modes: dict[nn.Module, bool]) -> None:
 
 
 @contextlib.contextmanager
-def _training_tensors(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"activation_checkpointing is true, but {type(model).__name__} does not support it")
+    before = model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if not before:
+            model.gradient_checkpointing_disable()
+
+
+@contextlib.contextmanager
+def _training_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     parameters = [(p, p.device, p.dtype, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     buffers = [(b, b.device) for b in model.buffers()]
     try:
         for parameter, *_ in parameters:
-            parameter.data = parameter.data.to(device, torch.float32)
+            parameter.data = parameter.data.to(device, dtype).contiguous()
             parameter.requires_grad_(True)
         for buffer, _ in buffers:
             buffer.data = buffer.data.to(device)
