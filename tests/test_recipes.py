@@ -46,6 +46,26 @@ def test_recipes_that_quantize(percent, scheme):
     assert (gptq.scheme, gptq.ignore, gptq.targets) == (scheme, ["lm_head"], ["Linear"])
 
 
+@pytest.mark.parametrize("percent", [80, 90])
+def test_recipes_for_little_memory(percent):
+    recipe = modifier(RECIPES / f"elsa_l_{percent}.yaml")
+    assert recipe.sparsity == percent / 100
+    assert (recipe.weight_dtype, recipe.optimizer, recipe.state_dtype) == ("bf16", "adamfp8", "int8")
+
+
+def test_the_published_recipe_for_little_memory():
+    recipe = modifier(RECIPES / "paper" / "gemma-2-27b.yaml")
+    assert (recipe.sparsity, recipe.lr, recipe.steps, recipe.sequence_length) == (0.9, 2e-5, 4096, 2048)
+    assert recipe.penalty.model_dump() == {
+        "value": 2e-3,
+        "schedule": "cosine",
+        "form": "coupled",
+        "free_support": False,
+    }
+    assert recipe.batch_size * recipe.gradient_accumulation_steps == 8
+    assert (recipe.optimizer, recipe.dual_dtype, recipe.split_dtype) == ("adam8bit", "bf16", "float8_e4m3fn")
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_recipes(model):
     rates, penalties, schedule = PUBLISHED[model]
@@ -75,5 +95,5 @@ def test_published_recipes(model):
 
 
 def test_no_recipe_is_left_untested():
-    tested = 6 + 2 + 3 * 2 + len(PUBLISHED) * 7
+    tested = 6 + 2 + 3 * 2 + 2 + len(PUBLISHED) * 7 + 1
     assert len(list(RECIPES.rglob("*.yaml"))) == tested
