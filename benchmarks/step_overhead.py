@@ -9,6 +9,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from benchmarks.magnitude import pruned_linears
 from benchmarks.measuring import publish
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm
+from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
@@ -65,32 +67,35 @@ def main() -> None:
         "",
         "`python -m benchmarks.step_overhead` prints and writes this.",
         "",
-        "| form | support | Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 | bytes a weight |",
-        "|---" * 8 + "|",
+        "| form | support | state | Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 "
+        "| bytes a weight |",
+        "|---" * 9 + "|",
     ]
     forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
-    for form in forms:
-        for free in (True, False):
-            optimizer = ADMMOptimizer(
-                base,
-                weights,
-                penalty=PenaltySchedule(1e-3, "constant", 1),
-                form=form,
-                free_support=free,
-                interval=10**9,
-                freeze_step=10**9,
-            )
-            optimizer.step()  # the update after the first step
-            adam, step, update = [], [], []
-            for _ in range(arguments.repeats):
-                adam.append(_timed(base.step))
-                step.append(_timed(optimizer.step))
-                update.append(_timed(optimizer.project))
-            a, s, u = map(statistics.median, (adam, step, update))
-            ratios = [(seconds + s + u / INTERVAL) / (seconds + a) for seconds in plain.values()]
-            cells = [form, "free" if free else "held", f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
-            cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{optimizer.state_nbytes / pruned:.3f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+    variants: list[tuple[PenaltyForm, bool, StateDtype]] = [(f, free, "fp32") for f in forms for free in (True, False)]
+    variants += [("decoupled", True, dtype) for dtype in get_args(StateDtype) if dtype != "fp32"]
+    for form, free, dtype in variants:
+        optimizer = ADMMOptimizer(
+            base,
+            weights,
+            penalty=PenaltySchedule(1e-3, "constant", 1),
+            form=form,
+            free_support=free,
+            interval=10**9,
+            freeze_step=10**9,
+            state_dtype=dtype,
+        )
+        optimizer.step()  # the update after the first step
+        adam, step, update = [], [], []
+        for _ in range(arguments.repeats):
+            adam.append(_timed(base.step))
+            step.append(_timed(optimizer.step))
+            update.append(_timed(optimizer.project))
+        a, s, u = map(statistics.median, (adam, step, update))
+        ratios = [(seconds + s + u / INTERVAL) / (seconds + a) for seconds in plain.values()]
+        cells = [form, "free" if free else "held", dtype, f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
+        cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{optimizer.state_nbytes / pruned:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     publish("step_overhead", lines)
 
 
