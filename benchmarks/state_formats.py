@@ -1,10 +1,9 @@
-"""What low precision costs: SmolLM2-135M pruned with each state format and optimizer, same text, tokens and seed. Writes
+"""What low precision costs: SmolLM2-135M pruned with each state format and optimizer, the same text and tokens. Writes
 ``docs/results/state_formats.md``.
 """
 
 import argparse
 from typing import Any, get_args
-
 
 from benchmarks.measuring import BUDGET, Results, publish
 from elsa_modifier import ELSAModifier
