@@ -8,6 +8,7 @@ main memory, several times faster than torch compares and counts there; torch re
 steps, written once: ``_Namespace`` is numpy or torch.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def scan(bits: Tensor, low: int, high: int, limit: int) -> Scan:
     """
     xp = _namespace(bits)
     parts = _on_parts(lambda part: _scan_part(xp, part, low, high, limit), bits)
-    above, inside = (sum(int(part[i]) for part in parts) for i in (0, 1))
+    above, inside = sum(int(part[0]) for part in parts), sum(int(part[1]) for part in parts)
     candidates = None
     if inside <= limit:
         found = [chunk for part in parts for chunk in part[2]]
@@ -142,7 +143,7 @@ def _on_parts(work: Callable[..., _T], *tensors: Tensor) -> list[_T]:
     if threads <= 1:
         return [work(*arrays)]
     edges = [length * i // threads for i in range(threads + 1)]
-    parts = [[array[a:b] for array in arrays] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [[array[a:b] for array in arrays] for a, b in itertools.pairwise(edges)]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda part: work(*part), parts))
 

@@ -160,7 +160,7 @@ def _sampled_bracket(
     # A sample of n^(2/3) costs about as much as the n / sqrt(n^(2/3)) candidates of its bracket; an odd stride does not
     # stay in a few columns of a matrix.
     stride = round(count ** (1 / 3)) | 1
-    samples = [_constant(source()[stride // 2 :: stride].cpu()) for source in sources]
+    samples = [_constant(source()[stride // 2 :: stride].contiguous().cpu()) for source in sources]
     kept = target.keep / count
     # The sample of each tensor's shard is a whole number of entries: up to half an entry off.
     deviation = math.sqrt(kept * (1 - kept) * count / stride + len(sources) * shards.count)
@@ -173,9 +173,7 @@ def _sampled_bracket(
     return low, high
 
 
-def _refine(
-    sources: Sequence[Callable[[], Tensor]], interval: _Interval, target: _Target, shards: Shards
-) -> _Interval:
+def _refine(sources: Sequence[Callable[[], Tensor]], interval: _Interval, target: _Target, shards: Shards) -> _Interval:
     """Narrow an interval that holds the threshold down to it, by histograms."""
     while interval.low < interval.high:
         low, high = interval.low, interval.high
