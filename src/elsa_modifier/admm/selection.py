@@ -26,7 +26,7 @@ _DEVIATIONS = 4.0
 # Below this many scores a sample is not worth taking.
 _SAMPLED_FROM = 1 << 14
 # Candidates are held in memory up to this fraction of the scores; ties may make them many.
-_HELD_FRACTION = 1 / 16
+_HELD_FRACTION = 1 / 8
 
 
 def _alone(counts: Tensor) -> Tensor:

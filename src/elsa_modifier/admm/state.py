@@ -60,6 +60,12 @@ class ADMMState:
         return self._pair * select_by_bits(self._bits, self._pair.shape, 0.0, _negated_inverse(penalty))
 
     @torch.no_grad()
+    def scores(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+        """What :meth:`update` with the same arguments will rank: the scores of ``v = x + u``, fp32, a new tensor."""
+        dual = select_by_bits(self._bits, x.shape, 0.0, _negated_inverse(penalty), scratch).mul_(self._pair)
+        return projection_scores(dual.add_(x), fisher)
+
+    @torch.no_grad()
     def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """z- and u-update: ``v = x + u``, ``z <- Proj(v)``, ``u <- v - z``. Returns how many entries entered the mask.
 
