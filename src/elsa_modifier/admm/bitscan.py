@@ -41,13 +41,14 @@ class Scan:
 
     :param above: how many scores are above it
     :param inside: how many are in it
-    :param candidates: bits of those in it, in order, int32 in main memory; None if they were too many
+    :param candidates: the positions and the bits of those in it, in order, int64 and int32, on the scores' device; None
+        if they are too many
     :param fault: what makes the scores unusable, or the empty string
     """
 
     above: int
     inside: int
-    candidates: Tensor | None
+    candidates: tuple[Tensor, Tensor] | None
     fault: str
 
 
@@ -61,35 +62,41 @@ def score_bits(scores: Tensor) -> Tensor:
     return scores.detach().flatten().view(torch.int32)
 
 
-def scan(bits: Tensor, low: int, high: int, limit: int) -> Scan:
+def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = None) -> Scan:
     """Count the scores above and inside ``[low, high]``, and collect those inside.
 
     :param bits: int32, one-dimensional
     :param limit: collect no more than about this many
+    :param mask: bool, as long, that is set to which scores are at least ``low``
     """
-    xp = _namespace(bits)
-    parts = _on_parts(lambda part: _scan_part(xp, part, low, high, limit), bits)
-    above, inside = sum(int(part[0]) for part in parts), sum(int(part[1]) for part in parts)
+    xp, entries = _namespace(bits), _array(bits)
+    out = None if mask is None else _array(mask)
+
+    def run(part: slice) -> tuple[Any, int, int, list[_Array], list[_Array]]:
+        above: Any = 0
+        inside, extremes, positions, found = 0, [], [], []
+        for where in _chunks(entries, part):
+            chunk = entries[where]
+            extremes.append(_highest(chunk))
+            over = chunk > high
+            among = xp.greater_equal(chunk, low, out=None if out is None else out[where]) ^ over
+            above += xp.count_nonzero(over)
+            local = xp.argwhere(among)[:, 0]
+            inside += len(local)
+            if inside <= limit:
+                found.append(chunk[local])
+                local += where.start
+                positions.append(local)
+        return above, inside, max((int(e) for e in extremes), default=0), positions, found
+
+    parts = _on_parts(run, bits)
+    inside = sum(part[1] for part in parts)
     candidates = None
     if inside <= limit:
-        found = [chunk for part in parts for chunk in part[2]]
-        candidates = torch.as_tensor(xp.concatenate(found) if found else bits[:0]).cpu()
-    return Scan(above, inside, candidates, _fault(max((part[3] for part in parts), default=0)))
-
-
-def _scan_part(xp: ModuleType, part: _Array, low: int, high: int, limit: int) -> tuple[Any, Any, list[_Array], int]:
-    above = inside = 0
-    collected: list[_Array] = []
-    extremes: list[_Array] = []
-    for chunk in _chunks(part):
-        extremes.append(_highest(chunk))
-        over = chunk > high
-        among = (chunk >= low) ^ over
-        above += xp.count_nonzero(over)
-        inside += xp.count_nonzero(among)
-        if inside <= limit:
-            collected.append(chunk[among])
-    return above, inside, collected, max((int(e) for e in extremes), default=0)
+        positions = [torch.as_tensor(chunk) for part in parts for chunk in part[3]]
+        found = [torch.as_tensor(chunk) for part in parts for chunk in part[4]]
+        candidates = torch.cat(positions or [bits[:0].long()]), torch.cat(found or [bits[:0]])
+    return Scan(sum(int(part[0]) for part in parts), inside, candidates, _fault(max(part[2] for part in parts)))
 
 
 def histogram(bits: Tensor, low: int, high: int, shift: int) -> Tensor:
@@ -97,18 +104,18 @@ def histogram(bits: Tensor, low: int, high: int, shift: int) -> Tensor:
 
     :param bits: int32, one-dimensional
     """
-    xp = _namespace(bits)
+    xp, entries = _namespace(bits), _array(bits)
     bins = ((high - low) >> shift) + 1
 
-    def count(part: _Array) -> Any:
-        total: Any = 0
-        for chunk in _chunks(part):
+    def run(part: slice) -> Tensor:
+        counts = xp.bincount(entries[:0], minlength=bins)
+        for where in _chunks(entries, part):
+            chunk = entries[where]
             among = chunk[(chunk >= low) & (chunk <= high)]
-            total = total + xp.bincount((among - low) >> shift, minlength=bins)
-        return total
+            counts += xp.bincount((among - low) >> shift, minlength=bins)
+        return torch.as_tensor(counts)
 
-    counts = [torch.as_tensor(part).cpu() for part in _on_parts(count, bits)]
-    return torch.stack(counts).sum(dim=0) if bits.numel() else torch.zeros(bins, dtype=torch.int64)
+    return torch.stack(_on_parts(run, bits)).sum(dim=0).cpu()
 
 
 def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
@@ -117,35 +124,32 @@ def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
     :param bits: int32, one-dimensional
     """
     mask = torch.empty_like(bits, dtype=torch.bool)
-    xp = _namespace(bits)
-    _on_parts(lambda part, out: xp.greater_equal(part, threshold, out=out), bits, mask)
-    entries, kept = _array(bits), _array(mask)
-    size = _chunk_size(entries)
-    for start in reversed(range(0, len(entries), size)):
+    xp, entries, kept = _namespace(bits), _array(bits), _array(mask)
+    _on_parts(lambda part: xp.greater_equal(entries[part], threshold, out=kept[part]), bits)
+    for where in reversed(list(_chunks(entries, slice(0, len(entries))))):
         if not surplus:
             break
-        chunk, out = entries[start : start + size], kept[start : start + size]
-        ties = chunk == threshold
+        ties = entries[where] == threshold
         count = int(xp.count_nonzero(ties))
         if count > surplus:
             ties[xp.argwhere(ties)[: count - surplus, 0]] = False
             count = surplus
-        out ^= ties
+        kept[where] ^= ties
         surplus -= count
     return mask
 
 
-def _on_parts(work: Callable[..., _T], *tensors: Tensor) -> list[_T]:
-    """``work`` on contiguous parts of equally long tensors, a thread each (numpy lets go of the interpreter's lock)."""
-    arrays = [_array(tensor) for tensor in tensors]
-    length = tensors[0].numel()
-    threads = min(torch.get_num_threads(), length // _ENTRIES_PER_THREAD) if isinstance(arrays[0], np.ndarray) else 1
-    if threads <= 1:
-        return [work(*arrays)]
-    edges = [length * i // threads for i in range(threads + 1)]
-    parts = [[array[a:b] for array in arrays] for a, b in itertools.pairwise(edges)]
+def _on_parts(work: Callable[[slice], _T], bits: Tensor) -> list[_T]:
+    """``work`` on contiguous parts, in main memory by a thread each: numpy lets go of the interpreter's lock."""
+    threads = 1
+    if _namespace(bits) is np:
+        threads = max(1, min(torch.get_num_threads(), bits.numel() // _ENTRIES_PER_THREAD))
+    edges = [bits.numel() * i // threads for i in range(threads + 1)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    if threads == 1:
+        return [work(parts[0])]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda part: work(*part), parts))
+        return list(pool.map(work, parts))
 
 
 def _namespace(tensor: Tensor) -> ModuleType:
@@ -156,13 +160,9 @@ def _array(tensor: Tensor) -> _Array:
     return tensor.numpy() if _namespace(tensor) is np else tensor
 
 
-def _chunk_size(array: _Array) -> int:
-    return _HOST_CHUNK if isinstance(array, np.ndarray) else _DEVICE_CHUNK
-
-
-def _chunks(array: _Array) -> Iterator[_Array]:
-    size = _chunk_size(array)
-    return (array[start : start + size] for start in range(0, len(array), size))
+def _chunks(array: _Array, part: slice) -> Iterator[slice]:
+    size = _HOST_CHUNK if isinstance(array, np.ndarray) else _DEVICE_CHUNK
+    return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
 
 
 def _highest(chunk: _Array) -> _Array:

@@ -1,8 +1,9 @@
-"""The exact k largest of many scores, in two passes and without a sort (radix selection on the bits of a float).
+"""The exact k largest of many scores, in one pass and without a sort (radix selection on the bits of a float).
 
-A strided sample brackets the threshold. One pass over the scores then counts what is above the bracket and collects the
-little that is inside; histograms of that find the threshold itself, and one more pass writes the mask. The sample only
-saves time: if the counts show that the bracket missed, histograms of all scores decide.
+A strided sample brackets the threshold. One pass over the scores then counts what is above the bracket, collects the
+little that is inside, and masks the rest. Histograms of what was collected find the threshold itself, by which its part
+of the mask is settled. The sample only saves time: if the counts show that the bracket missed, histograms of all scores
+decide, and so they do if ties leave too much inside.
 
 Counts add up. So the scores may lie in shards on several ranks, and may be those of several tensors that share one
 threshold, each of which keeps no fewer and no more entries than it is allowed (see :mod:`elsa_modifier.admm.budget`).
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elsa_modifier.admm.bitscan import HIGHEST, histogram, mask_from, scan, score_bits
+from elsa_modifier.admm.bitscan import HIGHEST, Scan, histogram, mask_from, scan, score_bits
 
 __all__ = ["WHOLE", "Shards", "Threshold", "find_threshold", "largest_mask"]
 
@@ -62,11 +63,13 @@ class Threshold:
     :param bits: of the score
     :param above: how many scores are above it: (tensors,), int64, this shard's
     :param ties: how many equal it, the same
+    :param scans: for each tensor, the pass that found it; None if that did not, and histograms of all scores had to
     """
 
     bits: int
     above: Tensor
     ties: Tensor
+    scans: list[Scan] | None
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,19 @@ def largest_mask(scores: Tensor, keep: int, shards: Shards = WHOLE) -> Tensor:
     count = int(shards.add(torch.tensor([bits.numel()])))
     if not 0 <= keep <= count:
         raise ValueError(f"cannot keep {keep} of {count} weights; allowed is 0 to {count}")
-    found = find_threshold([lambda: bits], [bits.numel()], keep, [0], [count], shards)
+    mask = torch.empty_like(bits, dtype=torch.bool)
+    found = find_threshold([lambda: bits], [bits.numel()], keep, [0], [count], shards, mask)
     ties = int(found.ties)
     wanted = keep - int(shards.add(found.above))
     kept = min(max(wanted - shards.before(ties), 0), ties)
-    return mask_from(bits, found.bits, ties - kept).view_as(scores)
+    candidates = found.scans[0].candidates if found.scans else None
+    if candidates is None:
+        mask = mask_from(bits, found.bits, ties - kept)
+    else:
+        positions, among = candidates
+        mask[positions[among < found.bits]] = False
+        mask[positions[among == found.bits][kept:]] = False
+    return mask.view_as(scores)
 
 
 def find_threshold(
@@ -122,6 +133,7 @@ def find_threshold(
     smallest: Sequence[int],
     largest: Sequence[int],
     shards: Shards = WHOLE,
+    mask: Tensor | None = None,
 ) -> Threshold:
     """The highest threshold that leaves ``keep`` entries when each tensor's scores from it up are kept, clipped.
 
@@ -131,6 +143,8 @@ def find_threshold(
     :param keep: in all; no more than the sum of ``largest``
     :param smallest: the fewest entries that each tensor keeps, over all shards
     :param largest: the most
+    :param mask: bool, of the size of the only source: set to which scores are above the threshold, but for the
+        candidates of the scan that the result holds
     :raises ValueError: on every shard, for scores that are negative or not finite
     """
     target = _Target(keep, torch.tensor(smallest), torch.tensor(largest))
@@ -138,7 +152,7 @@ def find_threshold(
     low, high = (0, HIGHEST)
     if count >= _SAMPLED_FROM:
         low, high = _sampled_bracket(sources, count, target, shards)
-    scans = [scan(source(), low, high, int(_HELD_FRACTION * n)) for source, n in zip(sources, sizes, strict=True)]
+    scans = [scan(source(), low, high, int(_HELD_FRACTION * n), mask) for source, n in zip(sources, sizes, strict=True)]
     _refuse_faults([s.fault for s in scans], shards)
     above, inside = (torch.tensor(counts) for counts in ([s.above for s in scans], [s.inside for s in scans]))
     interval = _Interval(low, high, above, inside)
@@ -148,18 +162,18 @@ def find_threshold(
         interval = _everything(len(sources), torch.tensor(sizes))
     else:
         held = [s.candidates for s in scans]
-        sources = [_constant(c) if c is not None else source for c, source in zip(held, sources, strict=True)]
+        sources = [_constant(c[1].cpu()) if c is not None else source for c, source in zip(held, sources, strict=True)]
     exact = _refine(sources, interval, target, shards)
-    return Threshold(exact.low, exact.above, exact.inside)
+    return Threshold(exact.low, exact.above, exact.inside, None if missed else scans)
 
 
 def _sampled_bracket(
     sources: Sequence[Callable[[], Tensor]], count: int, target: _Target, shards: Shards
 ) -> tuple[int, int]:
     """An interval of bits that most likely holds the threshold, from a sample of the scores."""
-    # A sample of n^(2/3) costs about as much as the n / sqrt(n^(2/3)) candidates of its bracket; an odd stride does not
-    # stay in a few columns of a matrix.
-    stride = round(count ** (1 / 3)) | 1
+    # A sample of m scores leaves candidates in proportion to n / sqrt(m): with m in proportion to n^(2/3), both cost as
+    # much at any n. An odd stride does not stay in a few columns of a matrix.
+    stride = round(0.5 * count ** (1 / 3)) | 1
     samples = [_constant(source()[stride // 2 :: stride].contiguous().cpu()) for source in sources]
     kept = target.keep / count
     # The sample of each tensor's shard is a whole number of entries: up to half an entry off.
