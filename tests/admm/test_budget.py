@@ -57,6 +57,13 @@ def test_ties_go_to_earlier_tensors_first():
     assert keeps_of([torch.ones(5), torch.ones(5), torch.ones(5)], 8, [1, 1, 1], [5, 5, 5]) == [5, 2, 1]
 
 
+def test_many_tensors_with_fewer_bins(monkeypatch):
+    monkeypatch.setattr(selection, "_ALL_BIN_BITS", 0)
+    tensors = [torch.rand(2_000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    limits = ([50] * 20, [500] * 20)
+    assert keeps_of(tensors, 4_567, *limits) == greedy_keeps(tensors, 4_567, *limits)
+
+
 def test_scores_are_asked_for_one_at_a_time_and_few_times():
     tensors = [torch.rand(50_000) for _ in range(4)]
     asked = []

@@ -25,9 +25,10 @@ __all__ = ["HIGHEST", "Scan", "histogram", "mask_from", "scan", "score_bits"]
 HIGHEST = 0x7F7FFFFF
 _NEGATIVE = range(0x80000000, 0xFF800000)
 
-# In main memory a chunk and its temporaries stay in a core's cache; elsewhere a chunk is worth starting kernels for.
+# In main memory a chunk and its temporaries stay in a core's cache; elsewhere a chunk is worth starting kernels for. If
+# all of one were candidates, their positions would take 128 MiB.
 _HOST_CHUNK = 1 << 16
-_DEVICE_CHUNK = 1 << 26
+_DEVICE_CHUNK = 1 << 24
 # Fewer entries than this are read before a second thread has started.
 _ENTRIES_PER_THREAD = 1 << 19
 

@@ -73,7 +73,7 @@ def shared_keeps(
     The sum is exactly ``total_keep``. Scores that equal the threshold are kept by earlier tensors first.
 
     :param scores: gives the scores of tensor ``i``, fp32 of any shape, without a sign; called for each tensor in turn,
-        two to five times in all, and must give the same each time. With shards, this shard's part
+        twice unless the scores are unusual, and must give the same each time. With shards, this shard's part
     :param sizes: how many entries ``scores(i)`` has
     :param smallest: the fewest entries that each tensor keeps
     :param largest: the most, no more than it has

@@ -20,9 +20,11 @@ from elsa_modifier.admm.bitscan import HIGHEST, Scan, histogram, mask_from, scan
 
 __all__ = ["WHOLE", "Shards", "Threshold", "find_threshold", "largest_mask"]
 
-# 2^11 bins take three rounds to tell all floats apart, stay in cache, and are little to add up over ranks.
-_BIN_BITS = 11
-# A bracket of this many standard deviations misses once in 16,000 times; what it holds is looked at once more.
+# 2^11 bins take three rounds to tell all floats apart, stay in cache, and are little to add up over ranks. Very many
+# tensors get fewer, so that the counts of all of them stay small.
+_BIN_BITS = range(6, 12)
+_ALL_BIN_BITS = 22
+# How far the ends of the bracket are from where the sample has the threshold. Each misses once in 30,000 times.
 _DEVIATIONS = 4.0
 # Below this many scores a sample is not worth taking.
 _SAMPLED_FROM = 1 << 14
@@ -138,7 +140,7 @@ def find_threshold(
     """The highest threshold that leaves ``keep`` entries when each tensor's scores from it up are kept, clipped.
 
     :param sources: for each tensor, what gives :func:`~elsa_modifier.admm.bitscan.score_bits` of this shard's scores;
-        called for one tensor at a time, two to five times in all
+        called for one tensor at a time, twice unless the scores are unusual
     :param sizes: how many scores each source gives
     :param keep: in all; no more than the sum of ``largest``
     :param smallest: the fewest entries that each tensor keeps, over all shards
@@ -189,9 +191,10 @@ def _sampled_bracket(
 
 def _refine(sources: Sequence[Callable[[], Tensor]], interval: _Interval, target: _Target, shards: Shards) -> _Interval:
     """Narrow an interval that holds the threshold down to it, by histograms."""
+    bin_bits = min(max(_ALL_BIN_BITS - len(sources).bit_length(), _BIN_BITS[0]), _BIN_BITS[-1])
     while interval.low < interval.high:
         low, high = interval.low, interval.high
-        shift = max(0, (high - low).bit_length() - _BIN_BITS)
+        shift = max(0, (high - low).bit_length() - bin_bits)
         counts = torch.stack([histogram(source(), low, high, shift) for source in sources])
         # How many scores are in a bin or above it.
         reach = counts.flip(1).cumsum(1).flip(1) + interval.above.unsqueeze(1)
