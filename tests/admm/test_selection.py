@@ -16,9 +16,17 @@ VALUES = st.sampled_from([0.0, 1.0, 0.5, 1e-45, 3e-39, 3.4028234663852886e38]) |
 )
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """Count the smallest tensors too, rather than partition them."""
+    monkeypatch.setattr(selection, "_PARTITIONED_BELOW", 0)
+
+
+@pytest.fixture(params=["partition", "numpy", "torch"])
 def backend(request, monkeypatch):
-    """Both ways to read a tensor; the one for accelerators with chunks that a small tensor has several of."""
+    """All ways to select; the one for accelerators with chunks that a small tensor has several of."""
+    if request.param == "partition":
+        monkeypatch.setattr(selection, "_PARTITIONED_BELOW", 1 << 20)
     if request.param == "torch":
         monkeypatch.setattr(bitscan, "_namespace", lambda tensor: torch)
         monkeypatch.setattr(bitscan, "_DEVICE_CHUNK", 10_007)

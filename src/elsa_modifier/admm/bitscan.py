@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HIGHEST", "Scan", "histogram", "mask_from", "scan", "score_bits"]
+__all__ = ["HIGHEST", "Scan", "fault_of", "histogram", "mask_from", "scan", "score_bits"]
 
 # Bits of the largest finite float. Above it: infinity, NaN and, read as unsigned, everything with a sign.
 HIGHEST = 0x7F7FFFFF
@@ -61,6 +61,11 @@ def score_bits(scores: Tensor) -> Tensor:
     if scores.dtype != torch.float32:
         raise ValueError(f"the scores are {scores.dtype}; allowed is torch.float32: convert them first")
     return scores.detach().flatten().view(torch.int32)
+
+
+def fault_of(bits: Tensor) -> str:
+    """What makes scores unusable, as in :class:`Scan`; there must be one score at least."""
+    return _fault(int(_highest(_array(bits))))
 
 
 def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = None) -> Scan:

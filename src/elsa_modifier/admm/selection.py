@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from elsa_modifier.admm.bitscan import HIGHEST, Scan, histogram, mask_from, scan, score_bits
+from elsa_modifier.admm.bitscan import HIGHEST, Scan, fault_of, histogram, mask_from, scan, score_bits
 
 __all__ = ["WHOLE", "Shards", "Threshold", "find_threshold", "largest_mask"]
 
@@ -26,6 +27,8 @@ _BIN_BITS = range(6, 12)
 _ALL_BIN_BITS = 22
 # How far the ends of the bracket are from where the sample has the threshold. Each misses once in 30,000 times.
 _DEVIATIONS = 4.0
+# Below this many scores in main memory a partition of a copy is done before the counting has begun.
+_PARTITIONED_BELOW = 1 << 20
 # Below this many scores a sample is not worth taking.
 _SAMPLED_FROM = 1 << 14
 # Candidates are held in memory up to this fraction of the scores; ties may make them many.
@@ -113,6 +116,8 @@ def largest_mask(scores: Tensor, keep: int, shards: Shards = WHOLE) -> Tensor:
     count = int(shards.add(torch.tensor([bits.numel()])))
     if not 0 <= keep <= count:
         raise ValueError(f"cannot keep {keep} of {count} weights; allowed is 0 to {count}")
+    if shards.count == 1 and bits.device.type == "cpu" and 0 < count < _PARTITIONED_BELOW:
+        return _mask_by_partition(bits, keep).view_as(scores)
     mask = torch.empty_like(bits, dtype=torch.bool)
     found = find_threshold([lambda: bits], [bits.numel()], keep, [0], [count], shards, mask)
     ties = int(found.ties)
@@ -126,6 +131,14 @@ def largest_mask(scores: Tensor, keep: int, shards: Shards = WHOLE) -> Tensor:
         mask[positions[among < found.bits]] = False
         mask[positions[among == found.bits][kept:]] = False
     return mask.view_as(scores)
+
+
+def _mask_by_partition(bits: Tensor, keep: int) -> Tensor:
+    entries = bits.numpy()
+    _refuse_faults([fault_of(bits)], WHOLE)
+    rank = len(entries) - max(keep, 1)
+    threshold = int(np.partition(entries, rank)[rank])
+    return mask_from(bits, threshold, int(np.count_nonzero(entries >= threshold)) - keep)
 
 
 def find_threshold(
