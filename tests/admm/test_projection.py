@@ -35,7 +35,8 @@ def test_unstructured_mask_is_the_twins(v, data):
 def test_fisher_mask_is_the_twins(v, data):
     v = v.clamp(-1e15, 1e15)
     fisher = torch.tensor(
-        data.draw(st.lists(st.sampled_from([0.0, 1e-12, 1.0, 4.0]), min_size=v.numel(), max_size=v.numel())), **FLOAT32
+        data.draw(st.lists(st.sampled_from([0.0, -0.0, 1e-12, 1.0, 4.0]), min_size=v.numel(), max_size=v.numel())),
+        **FLOAT32,
     ).view_as(v)
     keep = data.draw(st.integers(0, v.numel()))
     assert torch.equal(sparse_mask(projection_scores(v, fisher), keep), keep_mask(fisher.sqrt() * v.abs(), keep))

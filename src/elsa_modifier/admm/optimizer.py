@@ -1,5 +1,6 @@
 """ADMM around any torch optimizer: the proximal step on every step, the z- and u-updates on some, then a fixed mask."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_modifier.admm.budget import SharedBudget, shared_keeps
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
-from elsa_modifier.admm.projection import MaskStructure
+from elsa_modifier.admm.projection import MaskStructure, projection_scores
 from elsa_modifier.admm.state import ADMMState
 from elsa_modifier.admm.storage import Scratch, StateDtype
 
@@ -24,7 +26,7 @@ class PrunedWeight:
 
     :param name: what errors and reports call it
     :param weight: contiguous fp32 or bf16 parameter, also among the base optimizer's parameters
-    :param keep: how many entries stay
+    :param keep: how many entries stay; with a shared budget, what the weight brings into it
     :param structure: the zero pattern, which must leave ``keep`` entries
     """
 
@@ -57,9 +59,14 @@ class ADMMOptimizer:
     :param free_support: see :class:`~elsa_modifier.admm.state.ADMMState`
     :param interval: optimizer steps between z- and u-updates
     :param projection: ``fisher`` weighs entries by the base optimizer's second moment, ``magnitude`` does not
+    :param budget: None keeps ``keep`` entries of each weight. Otherwise all of them together keep as many, and each
+        projection decides anew by one threshold how many stay in which weight, between the budget's floor and cap. As
+        scores of different weights are compared then, the second moments are corrected for their bias, and a weight
+        that has none yet keeps as many entries as it has. The first masks go by magnitude
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
     :param state_dtype: what the ADMM state is stored in
-    :raises ValueError: for an empty list, an interval below 1, or a decoupled penalty outside [0, 1]
+    :raises ValueError: for an empty list, an interval below 1, a decoupled penalty outside [0, 1], or a budget that
+        is to be shared with an N:M structure or cannot be met within its floor and cap
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class ADMMOptimizer:
         free_support: bool = True,
         interval: int = 32,
         projection: Projection = "fisher",
+        budget: SharedBudget | None = None,
         freeze_step: int,
         state_dtype: StateDtype = "fp32",
     ) -> None:
@@ -87,22 +95,24 @@ class ADMMOptimizer:
         self.form = form
         self.interval = interval
         self.projection = projection
+        self.budget = budget
         self.freeze_step = freeze_step
         self.step_count = 0
         self.frozen = False
         self.projection_count = 0
         self.last_residual = self.last_entered = torch.zeros(())
+        keeps = [w.keep for w in self.weights] if budget is None else self._keeps_by_magnitude(budget)
         self._scratch = Scratch(max(w.weight.numel() for w in self.weights), self.weights[0].weight.device)
         self.states = [
             ADMMState(
                 w.weight.detach(),
-                w.keep,
+                keep,
                 w.structure,
                 free_support=free_support,
                 dtype=state_dtype,
                 scratch=self._scratch,
             )
-            for w in self.weights
+            for w, keep in zip(self.weights, keeps, strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         if freeze_step <= 0:
@@ -199,6 +209,8 @@ class ADMMOptimizer:
         # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
         penalty = self.penalty(self.step_count)
         residual = self.residual()
+        if self.budget is not None:
+            self._share(self.budget, penalty)
         entered = []
         for pruned, state in self._pairs():
             try:
@@ -210,6 +222,56 @@ class ADMMOptimizer:
 
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
+
+    def _keeps_by_magnitude(self, budget: SharedBudget) -> list[int]:
+        for w in self.weights:
+            if not w.structure.is_unstructured:
+                raise ValueError(
+                    f"{w.name} has mask structure {w.structure}, which decides how many entries it keeps; a budget is "
+                    "shared by unstructured weights only: leave the budget or the structure out"
+                )
+        sizes = [w.weight.numel() for w in self.weights]
+        total = sum(w.keep for w in self.weights)
+        return shared_keeps(
+            lambda i: projection_scores(self.weights[i].weight.detach().float()), sizes, total, *budget.limits(sizes)
+        )
+
+    def _share(self, budget: SharedBudget, penalty: float) -> None:
+        """Decide how many entries of each weight the projection at this penalty keeps."""
+        corrections = self._bias_corrections()
+        sizes = [w.weight.numel() for w in self.weights]
+        smallest, largest = budget.limits(sizes)
+        if self.projection == "fisher":
+            for i, pruned in enumerate(self.weights):
+                if not self.base.state.get(pruned.weight):
+                    smallest[i] = largest[i] = self.states[i].keep
+
+        def scores(i: int) -> Tensor:
+            # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
+            pruned = self.weights[i]
+            found = self.states[i].scores(pruned.weight, penalty, self._fisher(pruned), self._scratch)
+            return found if corrections[i] == 1.0 else found.mul_(corrections[i])
+
+        try:
+            keeps = shared_keeps(scores, sizes, sum(w.keep for w in self.weights), smallest, largest)
+        except ValueError as error:
+            raise ValueError(f"sharing the budget at step {self.step_count}: {error}") from error
+        for state, keep in zip(self.states, keeps, strict=True):
+            state.keep = keep
+
+    def _bias_corrections(self) -> list[float]:
+        """What each weight's scores are multiplied by, as their second moments are averages that started at zero.
+
+        Only up to a common factor, which changes no ranking: all are 1 when all weights have taken as many steps.
+        """
+        decays = {id(p): group["betas"][1] for group in self.base.param_groups for p in group["params"]}
+        corrections = []
+        for pruned in self.weights:
+            moments = self.base.state.get(pruned.weight) if self.projection == "fisher" else None
+            steps = float(moments["step"]) if moments else math.inf
+            corrections.append(1.0 / math.sqrt(1.0 - decays[id(pruned.weight)] ** steps))
+        largest = max(corrections)
+        return [c / largest for c in corrections]
 
     def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
         if self.projection == "magnitude":

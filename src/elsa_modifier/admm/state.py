@@ -83,6 +83,11 @@ class ADMMState:
         return self._stored() * select_by_bits(self._bits, self._shape, 0.0, _negated_inverse(penalty))
 
     @torch.no_grad()
+    def scores(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
+        """What :meth:`update` with the same arguments will rank: the scores of ``v = x + u``, fp32, a new tensor."""
+        return projection_scores(self._point(x, penalty, self._scratch(scratch)), fisher)
+
+    @torch.no_grad()
     def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
         """z- and u-update: ``v = x + u``, ``z <- Proj(v)``, ``u <- v - z``. Returns how many entries entered the mask.
 
@@ -93,16 +98,12 @@ class ADMMState:
         :raises ValueError: if ``x`` or ``fisher`` is not finite
         """
         scratch = self._scratch(scratch)
-        v = scratch.whole[: x.numel()]
-        for start, end, bits in self._chunks():
-            stored = self._pair.read(start, end, bits, scratch)
-            dual = select_by_bits(bits, stored.shape, 0.0, _negated_inverse(penalty), scratch.selection)
-            torch.mul(stored, dual, out=v[start:end]).add_(_flat(x)[start:end])
-        new = pack_bits(sparse_mask(projection_scores(v.view(self._shape), fisher), self.keep, self.structure))
+        v = self._point(x, penalty, scratch)
+        new = pack_bits(sparse_mask(projection_scores(v, fisher), self.keep, self.structure))
         entered = count_entered(new, self._bits)
         self._bits = new
         for start, end, bits in self._chunks():
-            values = v[start:end]
+            values = v.view(-1)[start:end]
             values.mul_(
                 select_by_bits(bits, values.shape, 0.0 if self.free_support else 1.0, -penalty, scratch.selection)
             )
@@ -165,6 +166,15 @@ class ADMMState:
                 gap = weight - stored * select_by_bits(bits, weight.shape, 1.0, 0.0, scratch.selection)
             sums += torch.stack([gap.pow_(2).sum(), weight.square().sum()])
         return sums
+
+    def _point(self, x: Tensor, penalty: float, scratch: Scratch) -> Tensor:
+        """``v = x + u``, fp32, in ``scratch``."""
+        v = scratch.whole[: x.numel()]
+        for start, end, bits in self._chunks():
+            stored = self._pair.read(start, end, bits, scratch)
+            dual = select_by_bits(bits, stored.shape, 0.0, _negated_inverse(penalty), scratch.selection)
+            torch.mul(stored, dual, out=v[start:end]).add_(_flat(x)[start:end])
+        return v.view(self._shape)
 
     def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Start, end and packed mask of each part that is worked on at once."""
