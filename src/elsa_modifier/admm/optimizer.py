@@ -264,14 +264,14 @@ class ADMMOptimizer:
 
         Only up to a common factor, which changes no ranking: all are 1 when all weights have taken as many steps.
         """
-        decays = {id(p): group["betas"][1] for group in self.base.param_groups for p in group["params"]}
-        corrections = []
-        for pruned in self.weights:
-            moments = self.base.state.get(pruned.weight) if self.projection == "fisher" else None
-            steps = float(moments["step"]) if moments else math.inf
-            corrections.append(1.0 / math.sqrt(1.0 - decays[id(pruned.weight)] ** steps))
-        largest = max(corrections)
-        return [c / largest for c in corrections]
+        corrections: dict[int, float] = {}
+        for group in self.base.param_groups:
+            for parameter in group["params"]:
+                moments = self.base.state.get(parameter)
+                if self.projection == "fisher" and moments and id(parameter) in self._state_of:
+                    corrections[id(parameter)] = 1.0 / math.sqrt(1.0 - group["betas"][1] ** float(moments["step"]))
+        largest = max(corrections.values(), default=1.0)
+        return [corrections.get(id(w.weight), largest) / largest for w in self.weights]
 
     def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
         if self.projection == "magnitude":
