@@ -1,0 +1,104 @@
+"""Bytes of what a run holds all the time, from the shapes of the weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from elsa_modifier.planning.settings import RunSettings
+
+__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "step_temporaries"]
+
+_STATE_BYTES = {"fp32": 4, "bf16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+_STATE_BLOCK = 256  # entries that share an fp32 scale, in formats of one byte
+# Bytes an entry and entries an fp32 scale of torchao's moments; it leaves small and odd tensors as they are.
+_MOMENT_FORMATS = {"adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
+_SMALLEST_QUANTIZED = 4096
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, in entries.
+
+    :param parameters: of every parameter; tied ones once
+    :param pruned: of every pruned weight
+    :param largest_layer: of the largest decoder layer, all its parameters together
+    :param outside_layers: of all parameters in no decoder layer, together
+    """
+
+    parameters: tuple[int, ...]
+    pruned: tuple[int, ...]
+    largest_layer: int
+    outside_layers: int
+
+    @property
+    def total(self) -> int:
+        """Entries of all parameters."""
+        return sum(self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes at the fullest moment of a run, on each GPU.
+
+    :param weights: the master copy that the optimizer updates
+    :param gradients: of all weights, or of the largest one if they are released one by one
+    :param optimizer: the base optimizer's moments
+    :param admm_state: the ADMM pair, the mask's bits and the scratch buffer
+    :param activations: what forward, backward or a projection holds beyond all of these
+    :param gathered: whole layers of a sharded model, as several GPUs put them together to compute
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    admm_state: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        """All lines together."""
+        return self.weights + self.gradients + self.optimizer + self.admm_state + self.activations + self.gathered
+
+
+def held_bytes(shape: ModelShape, settings: RunSettings) -> MemoryPlan:
+    """What a run holds from step to step, on one GPU; no activations."""
+    itemsize = settings.weights.itemsize
+    alive = max(shape.parameters) if settings.releases_gradients else shape.total
+    return MemoryPlan(
+        weights=shape.total * itemsize,
+        gradients=alive * itemsize,
+        optimizer=_moment_bytes(shape.parameters, settings.optimizer, itemsize),
+        admm_state=_state_bytes(shape.pruned, settings.state_dtype),
+        activations=0,
+        gathered=0,
+    )
+
+
+def step_temporaries(shape: ModelShape, settings: RunSettings) -> int:
+    """Bytes that a projection of the largest pruned weight allocates, on top of the scratch buffer.
+
+    The scores and ``|v|`` are fp32 tensors of its size, alive together. What is held in fewer bits is first taken
+    apart into another: the ADMM pair, and the second moment.
+    """
+    unpacked = (settings.state_dtype != "fp32") + (settings.optimizer in _MOMENT_FORMATS)
+    return 4 * (2 + unpacked) * max(shape.pruned)
+
+
+def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> int:
+    if optimizer not in _MOMENT_FORMATS:
+        return sum(2 * 4 * count for count in parameters)
+    entry, block = _MOMENT_FORMATS[optimizer]
+    return sum(
+        round(2 * (entry * count + 4 * (count // block)))
+        if count >= _SMALLEST_QUANTIZED and count % block == 0
+        else 2 * itemsize * count
+        for count in parameters
+    )
+
+
+def _state_bytes(pruned: tuple[int, ...], state_dtype: str) -> int:
+    entry = _STATE_BYTES[state_dtype]
+    pairs = sum(entry * count + (4 * -(-count // _STATE_BLOCK) if entry == 1 else 0) for count in pruned)
+    bits = sum(-(-count // 8) for count in pruned)
+    scratch = 4 * (max(pruned) + 7)
+    return pairs + bits + scratch
