@@ -72,14 +72,16 @@ def modifier_of(fields: dict[str, Any]) -> ELSAModifier:
 def planned(name: str) -> int:
     """Bytes that the plan says."""
     config, fields = CASES[name]
-    return Planner(config, gpus=1, capacity=0, tflops=1.0).plan(modifier_of(fields)).memory.total
+    return Planner(config, gpus=1, capacity=0, tflops=1.0, device="cpu").plan(modifier_of(fields)).memory.total
 
 
 def measured(name: str) -> int:
     """Bytes that a run takes, found out in this process, which should do nothing else."""
     config, fields = CASES[name]
     # What a first run loads and keeps (kernels, thread pools) is no part of a run's memory.
-    _run(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2), {"sparsity": 0.5})
+    _run(
+        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2), {"sparsity": 0.5}
+    )
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # VmHWM starts anew

@@ -111,7 +111,8 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1)] = 1,
     gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0)] = 80.0,
     tflops: Annotated[
-        float, typer.Option(help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6)
+        float,
+        typer.Option(help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6),
     ] = 400.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, memory in bytes.")] = False,
 ) -> None:

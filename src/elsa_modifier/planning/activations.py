@@ -70,6 +70,7 @@ def trace_micro_batch(config: PreTrainedConfig, settings: RunSettings, dtype: to
     """Run forward, loss and backward of the last micro-batch of a step without data.
 
     :param dtype: of the weights that forward and backward see
+    :raises ValueError: if the model's class does not know activation checkpointing
     :raises RuntimeError: if the model's code needs values to know what to do
     """
     model = fake_model(config, dtype)
@@ -89,13 +90,15 @@ def _trace(model: PreTrainedModel, settings: RunSettings, period: int) -> LiveSt
     parameters = list(model.parameters())
     experts = max((m.num_experts for m in model.modules() if isinstance(m, LinearExperts2D)), default=1)
     if settings.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"activation_checkpointing is true, but {type(model).__name__} does not support it")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with _mode_of(model):
         ids = torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64)
         tracker = LiveStorage([*parameters, *model.buffers(), ids], experts=experts)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(
-                _drop_gradient if settings.releases_gradients else tracker.is_gradient
+                _drop_gradient if settings.gradient_release else tracker.is_gradient
             )
         _mark_phases(model, tracker, period)
         with tracker:

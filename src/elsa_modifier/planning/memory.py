@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
 from elsa_modifier.planning.settings import RunSettings
 
-__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "step_temporaries"]
+__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
 
-_STATE_BYTES = {"fp32": 4, "bf16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
-_STATE_BLOCK = 256  # entries that share an fp32 scale, in formats of one byte
 # Bytes an entry and entries an fp32 scale of torchao's moments; it leaves small and odd tensors as they are.
 _MOMENT_FORMATS = {"adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
 _SMALLEST_QUANTIZED = 4096
@@ -42,7 +43,7 @@ class MemoryPlan:
     :param weights: the master copy that the optimizer updates
     :param gradients: of all weights, or of the largest one if they are released one by one
     :param optimizer: the base optimizer's moments
-    :param admm_state: the ADMM pair, the mask's bits and the scratch buffer
+    :param admm_state: the ADMM pair, the mask's bits and the scratch buffers
     :param activations: what forward, backward or a projection holds beyond all of these
     :param gathered: whole layers of a sharded model, as several GPUs put them together to compute
     """
@@ -60,28 +61,26 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.admm_state + self.activations + self.gathered
 
 
-def held_bytes(shape: ModelShape, settings: RunSettings) -> MemoryPlan:
-    """What a run holds from step to step, on one GPU; no activations."""
+def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -> MemoryPlan:
+    """What a run holds from step to step, on one device of this kind; no activations."""
     itemsize = settings.weights.itemsize
-    alive = max(shape.parameters) if settings.releases_gradients else shape.total
+    alive = max(shape.parameters) if settings.gradient_release else shape.total
     return MemoryPlan(
         weights=shape.total * itemsize,
         gradients=alive * itemsize,
         optimizer=_moment_bytes(shape.parameters, settings.optimizer, itemsize),
-        admm_state=_state_bytes(shape.pruned, settings.state_dtype),
+        admm_state=_state_bytes(shape.pruned, settings) + _scratch_bytes(max(shape.pruned), device),
         activations=0,
         gathered=0,
     )
 
 
-def step_temporaries(shape: ModelShape, settings: RunSettings) -> int:
-    """Bytes that a projection of the largest pruned weight allocates, on top of the scratch buffer.
+def projection_temporaries(shape: ModelShape, settings: RunSettings) -> int:
+    """Bytes that a projection of the largest pruned weight allocates: fp32 tensors of its size.
 
-    The scores and ``|v|`` are fp32 tensors of its size, alive together. What is held in fewer bits is first taken
-    apart into another: the ADMM pair, and the second moment.
+    The scores and ``|v|`` are alive together, and so is the second moment where it is held in fewer bits.
     """
-    unpacked = (settings.state_dtype != "fp32") + (settings.optimizer in _MOMENT_FORMATS)
-    return 4 * (2 + unpacked) * max(shape.pruned)
+    return 4 * (2 + (settings.optimizer in _MOMENT_FORMATS)) * max(shape.pruned)
 
 
 def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> int:
@@ -96,9 +95,17 @@ def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> i
     )
 
 
-def _state_bytes(pruned: tuple[int, ...], state_dtype: str) -> int:
-    entry = _STATE_BYTES[state_dtype]
-    pairs = sum(entry * count + (4 * -(-count // _STATE_BLOCK) if entry == 1 else 0) for count in pruned)
-    bits = sum(-(-count // 8) for count in pruned)
-    scratch = 4 * (max(pruned) + 7)
-    return pairs + bits + scratch
+def _state_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
+    """The pair (z, u), its scales, and the mask's bits."""
+    nowhere = torch.device("meta")
+    pairs = sum(
+        StoredPair(count, settings.state_dtype, nowhere, both_kinds=not settings.free_support).nbytes
+        for count in pruned
+    )
+    return pairs + sum(-(-count // 8) for count in pruned)
+
+
+def _scratch_bytes(largest: int, device: torch.device) -> int:
+    """:class:`~elsa_modifier.admm.storage.Scratch`: one buffer of the largest weight's size, three of a chunk's."""
+    chunk = max(end - start for start, end in chunks(largest, device))
+    return 4 * (largest + 3 * (-(-chunk // BLOCK) * BLOCK))

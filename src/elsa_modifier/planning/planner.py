@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.planning.activations import MicroBatchPeak, decoder_layers, fake_model, trace_micro_batch
-from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, step_temporaries
+from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, projection_temporaries
 from elsa_modifier.planning.settings import RunSettings
 
 __all__ = ["Plan", "Planner"]
@@ -62,14 +62,18 @@ class Planner:
 
     :param capacity: bytes of each GPU
     :param tflops: what each GPU sustains, 10^12 operations a second
+    :param device: kind of device; buffers of a CPU are smaller
     :raises ValueError: if transformers makes no causal language model of the configuration
     """
 
-    def __init__(self, config: PreTrainedConfig, *, gpus: int, capacity: int, tflops: float) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, *, gpus: int, capacity: int, tflops: float, device: str = "cuda"
+    ) -> None:
         self._config = config
         self._gpus = gpus
         self._capacity = capacity
         self._tflops = tflops
+        self._device = torch.device(device)
         self._model = fake_model(config)
         self._traces: dict[tuple[RunSettings, torch.dtype], MicroBatchPeak] = {}
 
@@ -102,7 +106,7 @@ class Planner:
         )
 
     def _memory(self, shape: ModelShape, settings: RunSettings) -> MemoryPlan:
-        whole = held_bytes(shape, settings)
+        whole = held_bytes(shape, settings, self._device)
         share = MemoryPlan(
             weights=whole.weights // self._gpus,
             gradients=whole.gradients // self._gpus,
@@ -114,8 +118,8 @@ class Planner:
         # Only the layers that are put together are computed with, in the dtype of the products.
         dtype = settings.weights if self._gpus == 1 else settings.compute
         micro_batch = self._trace(settings, dtype).bytes(settings.weights.itemsize / self._gpus)
-        projection = step_temporaries(shape, settings) // self._gpus
-        if not settings.releases_gradients:
+        projection = projection_temporaries(shape, settings) // self._gpus
+        if not settings.gradient_release:
             projection += share.gradients
         return replace(share, activations=max(micro_batch, projection) - share.gradients)
 
@@ -126,6 +130,7 @@ class Planner:
             steps=1,
             gradient_accumulation_steps=1 + settings.accumulates,
             optimizer="adam",
+            free_support=True,
             state_dtype="fp32",
             weight_dtype="fp32",
         )

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elsa_modifier.planning.options import Change, Remedy
+from elsa_modifier.planning.options import Remedy, as_yaml
 from elsa_modifier.planning.planner import Plan
 
 __all__ = ["as_json", "print_plan"]
@@ -37,23 +37,20 @@ def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
         return
     console.print(f"Does not fit {_gpus(plan)}.", highlight=False)
     if not remedy.changes:
-        console.print("No field of the recipe would save memory: a GPU with more is needed.")
+        console.print("No field of the recipe would save memory: more GPUs are needed, or larger ones.")
         return
     table = Table(title="Fields that save memory")
     table.add_column("each by itself", overflow="fold")
     table.add_column("saves GB", justify="right", no_wrap=True)
     for change in remedy.changes:
-        table.add_row(str(change), _gigabytes(change.saves))
+        table.add_row(as_yaml(change.fields), _gigabytes(change.saves))
     console.print(table)
     total = f"{_gigabytes(remedy.plan.memory.total)} GB"
     if remedy.plan.fits:
-        console.print(f"These together make it fit, in {total}: {_joined(remedy.together)}", highlight=False)
+        verdict = f"These together make it fit, in {total}"
     else:
-        console.print(
-            f"All of these that go together still take {total}: {_joined(remedy.together)}. More GPUs are needed, or "
-            "larger ones.",
-            highlight=False,
-        )
+        verdict = f"More GPUs are needed, or larger ones: all that go together still take {total}"
+    console.print(f"{verdict}: {as_yaml(remedy.together)}", highlight=False)
 
 
 def as_json(plan: Plan, remedy: Remedy | None) -> dict[str, Any]:
@@ -73,10 +70,11 @@ def as_json(plan: Plan, remedy: Remedy | None) -> dict[str, Any]:
     }
     if remedy is not None:
         document["changes"] = [asdict(change) for change in remedy.changes]
-        together: dict[str, Any] = {}
-        for change in remedy.together:
-            together |= change.fields
-        document["together"] = {"fields": together, "total": remedy.plan.memory.total, "fits": remedy.plan.fits}
+        document["together"] = {
+            "fields": remedy.together,
+            "total": remedy.plan.memory.total,
+            "fits": remedy.plan.fits,
+        }
     return document
 
 
@@ -100,7 +98,7 @@ def _notes(plan: Plan) -> dict[str, str]:
     checkpointed = "each layer's input kept" if s.activation_checkpointing else "all kept for backward"
     return {
         "weights": f"{plan.parameters:,} in {s.weight_dtype}{shared}",
-        "gradients": ("the largest" if s.releases_gradients else "all") + f", in {s.weight_dtype}{shared}",
+        "gradients": ("the largest" if s.gradient_release else "all") + f", in {s.weight_dtype}{shared}",
         "optimizer": f"{s.optimizer}{shared}",
         "admm_state": f"{plan.pruned:,} in {s.state_dtype}, and mask bits{shared}",
         "activations": f"{s.batch_size} x {s.sequence_length} tokens, {checkpointed}",
@@ -117,10 +115,6 @@ def _work(plan: Plan) -> str:
 
 def _gpus(plan: Plan) -> str:
     return f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} of {_gigabytes(plan.capacity)} GB"
-
-
-def _joined(changes: list[Change]) -> str:
-    return "; ".join(str(change) for change in changes)
 
 
 def _gigabytes(count: int) -> str:

@@ -7,6 +7,7 @@ import torch
 import yaml
 from llmcompressor.recipe import Recipe
 
+from elsa_modifier.admm.storage import StateDtype, wider_dtype
 from elsa_modifier.modifier import ELSAModifier
 
 __all__ = ["RunSettings", "modifier_of_recipe"]
@@ -16,7 +17,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What memory and time depend on. Names and values are those of the recipe's fields."""
+    """What memory and time depend on. Names and values are those of the recipe's fields.
+
+    :param sequence_length: at most the model's positions
+    :param state_dtype: the one that ``dual_dtype`` and ``split_dtype`` come to, if they are set
+    :param free_support: of the penalty; a held support has scales of its own
+    """
 
     steps: int
     batch_size: int
@@ -24,14 +30,15 @@ class RunSettings:
     sequence_length: int
     precision: str
     weight_dtype: str
-    state_dtype: str
+    state_dtype: StateDtype
     optimizer: str
+    free_support: bool
     gradient_release: bool
     activation_checkpointing: bool
 
     @classmethod
     def of(cls, modifier: ELSAModifier, *, sequence_length: int) -> "RunSettings":
-        """The settings of a modifier; a field it does not have is at the only value it knows.
+        """The settings of a modifier.
 
         :param sequence_length: tokens in a sequence, at most the model's positions
         """
@@ -41,22 +48,18 @@ class RunSettings:
             gradient_accumulation_steps=modifier.gradient_accumulation_steps,
             sequence_length=sequence_length,
             precision=modifier.precision,
-            weight_dtype=getattr(modifier, "weight_dtype", "fp32"),
-            state_dtype=getattr(modifier, "state_dtype", "fp32"),
+            weight_dtype=modifier.weight_dtype,
+            state_dtype=wider_dtype(modifier.dual_dtype, modifier.split_dtype) or modifier.state_dtype,
             optimizer=modifier.optimizer,
-            gradient_release=getattr(modifier, "gradient_release", False),
-            activation_checkpointing=getattr(modifier, "activation_checkpointing", False),
+            free_support=modifier.penalty.free_support,
+            gradient_release=modifier.gradient_release,
+            activation_checkpointing=modifier.activation_checkpointing,
         )
 
     @property
     def accumulates(self) -> bool:
         """Whether gradients live from one forward pass to the next."""
         return self.gradient_accumulation_steps > 1
-
-    @property
-    def releases_gradients(self) -> bool:
-        """Whether a gradient is gone as soon as it is used. One that accumulates cannot be."""
-        return self.gradient_release and not self.accumulates
 
     @property
     def weights(self) -> torch.dtype:

@@ -39,7 +39,7 @@ class LiveStorage(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[Tensor], *, experts: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = Phase.FORWARD
         self._experts = experts
         self._bytes = 0
