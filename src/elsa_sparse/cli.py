@@ -1,8 +1,9 @@
 """The ``elsa`` command: pack, unpack and inspect checkpoints; plan a run."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -118,8 +119,9 @@ def plan(
 ) -> None:
     """Say what memory and time a run will take, and what would make it fit. Exit status 1 if it does not fit."""
     with _errors_in_words(status=2):
-        # The one command that needs more than this package.
-        from elsa_modifier.planning.command import run
+        # llm-compressor, which only this command needs, logs to what is stdout when it is imported.
+        with redirect_stdout(sys.stderr):
+            from elsa_modifier.planning.command import run
 
         fits = run(model, recipe, gpus=gpus, gpu_memory=gpu_memory, tflops=tflops, json_output=as_json)
     raise typer.Exit(0 if fits else 1)

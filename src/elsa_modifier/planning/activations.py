@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.planning.tracing import LiveStorage, Phase
@@ -93,7 +94,8 @@ def _trace(model: PreTrainedModel, settings: RunSettings, period: int) -> LiveSt
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"activation_checkpointing is true, but {type(model).__name__} does not support it")
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with _mode_of(model):
+    # transformers knows tensors without data, and makes masks for them that a run does not need; see LiveStorage.
+    with _mode_of(model), patch_attr(masking_utils, "is_tracing", lambda *_: False):
         ids = torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64)
         tracker = LiveStorage([*parameters, *model.buffers(), ids], experts=experts)
         for parameter in parameters:

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["LiveStorage", "Phase"]
 
 _aten = torch.ops.aten
+# Also written as an equality with the number of entries.
+_CONDITIONS_ON_ALL = (_aten.all.default, _aten.all.dim, _aten.all.dims)
 
 
 class Phase(Enum):
@@ -31,8 +33,9 @@ class LiveStorage(TorchDispatchMode):
     Gradients are counted by entries, apart from the rest, since a run may hold them in another dtype, or a share.
     Temporaries inside a kernel are not seen.
 
-    What depends on values that are not there is answered for it: a number is zero, a condition false, and of the
-    entries that may be non-zero one in ``experts`` is, as when tokens are spread evenly over experts.
+    What depends on values that are not there is answered for it. A number is zero. A condition is false, but for those
+    on all of a tensor, by which models make sure that nothing is padded or packed. Of the entries that may be non-zero
+    one in ``experts`` is, as when tokens are spread evenly over experts.
 
     :param held: tensors that are there before, not counted
     :param experts: of how many one is chosen
@@ -45,6 +48,7 @@ class LiveStorage(TorchDispatchMode):
         self._bytes = 0
         self._gradient_entries = 0
         self._moments: dict[Phase, list[tuple[int, int]]] = {phase: [] for phase in Phase}
+        self._true: set[int] = set()
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         for tensor in held:
             self._see(tensor.untyped_storage(), 0)
@@ -66,7 +70,7 @@ class LiveStorage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
-            return _zero(args[0].dtype)
+            return _answer(args[0].dtype, args[0].untyped_storage()._cdata in self._true)
         if func is _aten.nonzero.default:
             rows = -(-args[0].numel() // self._experts)
             out = args[0].new_zeros((rows, args[0].ndim), dtype=torch.int64)
@@ -76,6 +80,8 @@ class LiveStorage(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 self._see(storage, storage.nbytes())
+                if func in _CONDITIONS_ON_ALL or (func is _aten.eq.Scalar and tensor.ndim == 0):
+                    self._true.add(storage._cdata)
         return out
 
     def _see(self, storage: torch.UntypedStorage, count: int) -> None:
@@ -88,12 +94,13 @@ class LiveStorage(TorchDispatchMode):
 
     def _gone(self, key: int, _: Any) -> None:
         self._bytes -= self._alive.pop(key)[1]
+        self._true.discard(key)
 
     def _note(self) -> None:
         self._moments[self.phase].append((self._bytes, self._gradient_entries))
 
 
-def _zero(dtype: torch.dtype) -> bool | int | float:
+def _answer(dtype: torch.dtype, condition: bool) -> bool | int | float:
     if dtype is torch.bool:
-        return False
+        return condition
     return 0.0 if dtype.is_floating_point else 0
