@@ -153,8 +153,8 @@ def main() -> None:
         "# The plan against measurement",
         "",
         f"Megabytes, on a CPU. Measured: peak resident memory of {STEPS} training steps in a process of their own, "
-        "less what was resident before the model was built. Held: weights, moments and ADMM state, by the plan; the rest of "
-        "the peak, gradients and activations, is what has to be found out, and is compared alone as well.",
+        "less what was resident before the model was built. Held: weights, moments and ADMM state, by the plan; the "
+        "rest of the peak, gradients and activations, is what has to be found out, and is compared alone as well.",
         "",
         "`python -m benchmarks.plan_accuracy` prints and writes this.",
         "",
