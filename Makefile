@@ -58,6 +58,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.plan_accuracy
 	$(BIN)/python -m benchmarks.reproducibility
 	$(BIN)/python -m benchmarks.checkpoint_size
 	$(BIN)/python -m benchmarks.quantize_pruned

@@ -1,8 +1,9 @@
-"""The ``elsa`` command: pack, unpack and inspect checkpoints."""
+"""The ``elsa`` command: pack, unpack and inspect checkpoints; plan a run."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -20,7 +21,7 @@ from elsa_sparse.writing import unpack as unpack_checkpoint
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Sparse checkpoints of pruned models: make them, turn them back, look into them.",
+    help="Sparse checkpoints of pruned models: make them, turn them back, look into them. And plan a pruning run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -100,6 +101,32 @@ def inspect(
     Console().print(table)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory with a config.json, or a name on the hub. No weights.")
+    ],
+    recipe: Annotated[
+        Path, typer.Option(help="Recipe with an ELSAModifier.", exists=True, dir_okay=False, show_default=False)
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1)] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0)] = 80.0,
+    tflops: Annotated[
+        float,
+        typer.Option(help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6),
+    ] = 400.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, memory in bytes.")] = False,
+) -> None:
+    """Say what memory and time a run will take, and what would make it fit. Exit status 1 if it does not fit."""
+    with _errors_in_words(status=2):
+        # llm-compressor, which only this command needs, logs to what is stdout when it is imported.
+        with redirect_stdout(sys.stderr):
+            from elsa_modifier.planning.command import run
+
+        fits = run(model, recipe, gpus=gpus, gpu_memory=gpu_memory, tflops=tflops, json_output=as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
 def _cells(row: Row) -> list[str]:
     return [
         row.name,
@@ -120,10 +147,13 @@ def _as_json(row: Row) -> dict[str, object]:
 
 
 @contextmanager
-def _errors_in_words() -> Iterator[None]:
-    """What a user can act on is a line, not a traceback."""
+def _errors_in_words(status: int = 1) -> Iterator[None]:
+    """What a user can act on is a line, not a traceback.
+
+    :param status: exit status of the command
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False, markup=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(status) from error

@@ -1,0 +1,111 @@
+"""Bytes of what a run holds all the time, from the shapes of the weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
+from elsa_modifier.planning.settings import RunSettings
+
+__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
+
+# Bytes an entry and entries an fp32 scale of torchao's moments; it leaves small and odd tensors as they are.
+_MOMENT_FORMATS = {"adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
+_SMALLEST_QUANTIZED = 4096
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, in entries.
+
+    :param parameters: of every parameter; tied ones once
+    :param pruned: of every pruned weight
+    :param largest_layer: of the largest decoder layer, all its parameters together
+    :param outside_layers: of all parameters in no decoder layer, together
+    """
+
+    parameters: tuple[int, ...]
+    pruned: tuple[int, ...]
+    largest_layer: int
+    outside_layers: int
+
+    @property
+    def total(self) -> int:
+        """Entries of all parameters."""
+        return sum(self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes at the fullest moment of a run, on each GPU.
+
+    :param weights: the master copy that the optimizer updates
+    :param gradients: of all weights, or of the largest one if they are released one by one
+    :param optimizer: the base optimizer's moments
+    :param admm_state: the ADMM pair, the mask's bits and the scratch buffers
+    :param activations: what forward, backward or a projection holds beyond all of these
+    :param gathered: whole layers of a sharded model, as several GPUs put them together to compute
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    admm_state: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        """All lines together."""
+        return self.weights + self.gradients + self.optimizer + self.admm_state + self.activations + self.gathered
+
+
+def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -> MemoryPlan:
+    """What a run holds from step to step, on one device of this kind; no activations."""
+    itemsize = settings.weights.itemsize
+    alive = max(shape.parameters) if settings.gradient_release else shape.total
+    return MemoryPlan(
+        weights=shape.total * itemsize,
+        gradients=alive * itemsize,
+        optimizer=_moment_bytes(shape.parameters, settings.optimizer, itemsize),
+        admm_state=_state_bytes(shape.pruned, settings) + _scratch_bytes(max(shape.pruned), device),
+        activations=0,
+        gathered=0,
+    )
+
+
+def projection_temporaries(shape: ModelShape, settings: RunSettings) -> int:
+    """Bytes that a projection of the largest pruned weight allocates: fp32 tensors of its size.
+
+    The scores and ``|v|`` are alive together, and so is the second moment where it is held in fewer bits.
+    """
+    return 4 * (2 + (settings.optimizer in _MOMENT_FORMATS)) * max(shape.pruned)
+
+
+def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> int:
+    if optimizer not in _MOMENT_FORMATS:
+        return sum(2 * 4 * count for count in parameters)
+    entry, block = _MOMENT_FORMATS[optimizer]
+    return sum(
+        round(2 * (entry * count + 4 * (count // block)))
+        if count >= _SMALLEST_QUANTIZED and count % block == 0
+        else 2 * itemsize * count
+        for count in parameters
+    )
+
+
+def _state_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
+    """The pair (z, u), its scales, and the mask's bits."""
+    nowhere = torch.device("meta")
+    pairs = sum(
+        StoredPair(count, settings.state_dtype, nowhere, both_kinds=not settings.free_support).nbytes
+        for count in pruned
+    )
+    return pairs + sum(-(-count // 8) for count in pruned)
+
+
+def _scratch_bytes(largest: int, device: torch.device) -> int:
+    """:class:`~elsa_modifier.admm.storage.Scratch`: one buffer of the largest weight's size, three of a chunk's."""
+    chunk = max(end - start for start, end in chunks(largest, device))
+    return 4 * (largest + 3 * (-(-chunk // BLOCK) * BLOCK))

@@ -1,0 +1,144 @@
+"""The plan of a run: a model's configuration and a modifier's fields to bytes, operations and hours."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from elsa_modifier.modifier import ELSAModifier
+from elsa_modifier.planning.activations import MicroBatchPeak, decoder_layers, fake_model, trace_micro_batch
+from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, projection_temporaries
+from elsa_modifier.planning.settings import RunSettings
+
+__all__ = ["Plan", "Planner"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes.
+
+    :param memory: on each GPU
+    :param parameters: entries of all parameters, tied ones once
+    :param pruned: entries of the pruned weights
+    :param capacity: bytes of each GPU
+    :param tflops: what each GPU is assumed to sustain, 10^12 operations a second
+    """
+
+    settings: RunSettings
+    memory: MemoryPlan
+    parameters: int
+    pruned: int
+    gpus: int
+    capacity: int
+    tflops: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices."""
+        return self.memory.total <= self.capacity
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run: ``batch_size`` is that of each GPU."""
+        s = self.settings
+        return s.steps * s.batch_size * s.gradient_accumulation_steps * s.sequence_length * self.gpus
+
+    @property
+    def flops(self) -> int:
+        """Operations of forward and backward: 6 a parameter and token; 8 if layers run forward twice."""
+        return (8 if self.settings.activation_checkpointing else 6) * self.parameters * self.tokens
+
+    @property
+    def hours(self) -> float:
+        """Time of the run at the assumed throughput."""
+        return self.flops / (self.gpus * self.tflops * 1e12) / 3600
+
+
+class Planner:
+    """Plans runs of one model on given GPUs.
+
+    Several GPUs share weights, gradients, moments and ADMM state evenly (FSDP2, every layer sharded); each computes
+    with whole layers, in the dtype of the matrix products, on a batch of its own.
+
+    :param capacity: bytes of each GPU
+    :param tflops: what each GPU sustains, 10^12 operations a second
+    :param device: kind of device; buffers of a CPU are smaller
+    :raises ValueError: if transformers makes no causal language model of the configuration
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, gpus: int, capacity: int, tflops: float, device: str = "cuda"
+    ) -> None:
+        self._config = config
+        self._gpus = gpus
+        self._capacity = capacity
+        self._tflops = tflops
+        self._device = torch.device(device)
+        self._model = fake_model(config)
+        self._traces: dict[tuple[RunSettings, torch.dtype], MicroBatchPeak] = {}
+
+    def plan(self, modifier: ELSAModifier) -> Plan:
+        """The plan of a modifier's run.
+
+        :raises ValueError: if the modifier cannot prune this model
+        :raises RuntimeError: if the model's code cannot be run without data
+        """
+        settings = RunSettings.of(modifier, sequence_length=modifier._usable_sequence_length(self._model))
+        shape = self._shape(modifier)
+        return Plan(
+            settings=settings,
+            memory=self._memory(shape, settings),
+            parameters=shape.total,
+            pruned=sum(shape.pruned),
+            gpus=self._gpus,
+            capacity=self._capacity,
+            tflops=self._tflops,
+        )
+
+    def _shape(self, modifier: ELSAModifier) -> ModelShape:
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(self._model)]
+        parameters = tuple(p.numel() for p in self._model.parameters())
+        return ModelShape(
+            parameters=parameters,
+            pruned=tuple(target.weight.numel() for target in modifier._find_targets(self._model)),
+            largest_layer=max(layers, default=0),
+            outside_layers=sum(parameters) - sum(layers),
+        )
+
+    def _memory(self, shape: ModelShape, settings: RunSettings) -> MemoryPlan:
+        whole = held_bytes(shape, settings, self._device)
+        share = MemoryPlan(
+            weights=whole.weights // self._gpus,
+            gradients=whole.gradients // self._gpus,
+            optimizer=whole.optimizer // self._gpus,
+            admm_state=whole.admm_state // self._gpus,
+            activations=0,
+            gathered=0 if self._gpus == 1 else _gathered(shape, settings),
+        )
+        # Only the layers that are put together are computed with, in the dtype of the products.
+        dtype = settings.weights if self._gpus == 1 else settings.compute
+        micro_batch = self._trace(settings, dtype).bytes(settings.weights.itemsize / self._gpus)
+        projection = projection_temporaries(shape, settings) // self._gpus
+        if not settings.gradient_release:
+            projection += share.gradients
+        return replace(share, activations=max(micro_batch, projection) - share.gradients)
+
+    def _trace(self, settings: RunSettings, dtype: torch.dtype) -> MicroBatchPeak:
+        # What forward and backward do not depend on is set to one value, so that it is not traced again.
+        key = replace(
+            settings,
+            steps=1,
+            gradient_accumulation_steps=1 + settings.accumulates,
+            optimizer="adam",
+            free_support=True,
+            state_dtype="fp32",
+            weight_dtype="fp32",
+        )
+        if (key, dtype) not in self._traces:
+            self._traces[key, dtype] = trace_micro_batch(self._config, key, dtype)
+        return self._traces[key, dtype]
+
+
+def _gathered(shape: ModelShape, settings: RunSettings) -> int:
+    """Bytes of whole layers: the one that computes, its gradients, the one fetched next; and all outside of layers."""
+    return (3 * shape.largest_layer + shape.outside_layers) * settings.compute.itemsize

@@ -1,0 +1,87 @@
+"""The fields of a recipe that decide how much memory a run takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from llmcompressor.recipe import Recipe
+
+from elsa_modifier.admm.storage import StateDtype, wider_dtype
+from elsa_modifier.modifier import ELSAModifier
+
+__all__ = ["RunSettings", "modifier_of_recipe"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What memory and time depend on. Names and values are those of the recipe's fields.
+
+    :param sequence_length: at most the model's positions
+    :param state_dtype: the one that ``dual_dtype`` and ``split_dtype`` come to, if they are set
+    :param free_support: of the penalty; a held support has scales of its own
+    """
+
+    steps: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    sequence_length: int
+    precision: str
+    weight_dtype: str
+    state_dtype: StateDtype
+    optimizer: str
+    free_support: bool
+    gradient_release: bool
+    activation_checkpointing: bool
+
+    @classmethod
+    def of(cls, modifier: ELSAModifier, *, sequence_length: int) -> "RunSettings":
+        """The settings of a modifier.
+
+        :param sequence_length: tokens in a sequence, at most the model's positions
+        """
+        return cls(
+            steps=modifier.steps,
+            batch_size=modifier.batch_size,
+            gradient_accumulation_steps=modifier.gradient_accumulation_steps,
+            sequence_length=sequence_length,
+            precision=modifier.precision,
+            weight_dtype=modifier.weight_dtype,
+            state_dtype=wider_dtype(modifier.dual_dtype, modifier.split_dtype) or modifier.state_dtype,
+            optimizer=modifier.optimizer,
+            free_support=modifier.penalty.free_support,
+            gradient_release=modifier.gradient_release,
+            activation_checkpointing=modifier.activation_checkpointing,
+        )
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients live from one forward pass to the next."""
+        return self.gradient_accumulation_steps > 1
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Dtype of weights and gradients."""
+        return _DTYPES[self.weight_dtype]
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Dtype of matrix products."""
+        return torch.bfloat16 if self.precision == "bf16" else self.weights
+
+
+def modifier_of_recipe(recipe: Path) -> ELSAModifier:
+    """The ELSAModifier of a recipe file.
+
+    :raises ValueError: if the file is no recipe, names an unknown field or value, or has no ELSAModifier
+    """
+    try:
+        modifiers = Recipe.create_instance(str(recipe)).modifiers
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"{recipe} is not a recipe that can be used: {error}") from error
+    for modifier in modifiers:
+        if isinstance(modifier, ELSAModifier):
+            return modifier
+    raise ValueError(f"{recipe} has no ELSAModifier; add one, as recipes/elsa_90.yaml has it")
