@@ -183,6 +183,37 @@ def test_sparsity_per_layer(load, texts):
         assert zeros(module.weight) == round(expected * module.weight.numel()), name
 
 
+def test_a_shared_budget_is_spent_within_floor_and_cap(load, texts):
+    model = load()
+    with torch.no_grad():
+        for name, module in linears(model).items():
+            module.weight.mul_(10.0 if "o_proj" in name else 0.1 if "up_proj" in name else 1.0)
+    budget = dict(floor={"re:.*layers.0.*": 0.5}, cap=0.95)
+    modifier = elsa(sparsity=0.8, shared_budget=budget, projection="magnitude")
+    model = oneshot(model=model, dataset=texts, recipe=[modifier])
+    found = {name: zeros(m.weight) / m.weight.numel() for name, m in linears(model).items()}
+    # As many as without a shared budget.
+    expected = sum(round(0.8 * m.weight.numel()) for m in linears(model).values())
+    assert sum(zeros(m.weight) for m in linears(model).values()) == expected
+    assert found["model.layers.0.self_attn.o_proj"] == pytest.approx(0.5, abs=1e-3)
+    assert found["model.layers.1.self_attn.o_proj"] < 0.3
+    assert found["model.layers.0.mlp.up_proj"] == pytest.approx(0.95, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (dict(cap=0.7), "allow a sparsity of 0 to 0.6999, and sparsity asks for 0.9; widen them"),
+        (dict(floor={"re:nothing": 0.5}), "shared_budget.floor has patterns that match no target"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(budget, message, load, texts):
+    modifier = elsa(shared_budget=budget)
+    with pytest.raises(ValueError, match=message):
+        oneshot(model=load(), dataset=texts, recipe=[modifier])
+    assert modifier.history == []
+
+
 def test_targets_outside_the_mapping_and_ignored_ones_stay_dense(load, texts):
     model = oneshot(
         model=load(), dataset=texts, recipe=[elsa(sparsity={"re:.*mlp.*": 0.9}, ignore=["lm_head", "re:.*down_proj"])]
@@ -210,6 +241,7 @@ def test_targets_outside_the_mapping_and_ignored_ones_stay_dense(load, texts):
         dict(gradient_release=True, max_grad_norm=None),
         dict(gradient_release=True, max_grad_norm=None, penalty=dict(form="coupled", value=1e-3)),
         dict(activation_checkpointing=True),
+        dict(sparsity=0.8, shared_budget=dict(floor=0.8, cap=0.8), optimizer="adamfp8", state_dtype="int8"),
     ],
     ids=str,
 )
@@ -386,6 +418,8 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(betas=[0.9]), "betas\n"),
         (dict(max_grad_norm=0), "max_grad_norm"),
         (dict(optimizer="sgd"), "optimizer\n  Input should be 'adam', 'adamw', 'adam8bit'"),
+        (dict(shared_budget=dict(cap=1.5)), "shared_budget.cap is 1.5; allowed is 0 to 1"),
+        (dict(sparsity=None, mask_structure="2:4", shared_budget={}), "shared_budget is set, but mask_structure 2:4"),
         (dict(dual_dtype="bf16"), "dual_dtype and split_dtype go together"),
         (dict(dual_dtype="bf16", split_dtype="int8", state_dtype="int8"), "state_dtype is set beside"),
         (dict(state_dtype="fp4"), "state_dtype\n  Input should be 'fp32', 'bf16'"),

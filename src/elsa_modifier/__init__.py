@@ -6,12 +6,21 @@ transformers' ``from_pretrained`` takes.
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
-from elsa_modifier.modifier import ELSAModifier, Penalty
+from elsa_modifier.fields import Budget, Penalty
+from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
 
-__all__ = ["ELSAModifier", "MaskedGPTQModifier", "Penalty", "SparseCheckpointError", "load_sparse", "save_sparse"]
+__all__ = [
+    "Budget",
+    "ELSAModifier",
+    "MaskedGPTQModifier",
+    "Penalty",
+    "SparseCheckpointError",
+    "load_sparse",
+    "save_sparse",
+]
 
 __version__ = "0.1.0"
 

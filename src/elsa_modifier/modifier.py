@@ -11,19 +11,21 @@ from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from elsa_modifier.admm.bitmask import unpack_bits
+from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
-from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule, ScheduleName
+from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype, wider_dtype
+from elsa_modifier.fields import Budget, Penalty
 from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
 from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
-from elsa_modifier.targets import Target, find_targets
+from elsa_modifier.targets import Target, find_targets, fractions_of
 from elsa_modifier.training.base_optimizer import (
     LOW_BIT_OPTIMIZERS,
     OptimizerName,
@@ -36,42 +38,12 @@ from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import trainable
 from elsa_sparse.entry import Encoding
 
-__all__ = ["ELSAModifier", "Penalty"]
+__all__ = ["ELSAModifier"]
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # Modifiers of llm-compressor that multiply weights by matrices.
 _ROTATIONS = ("QuIPModifier", "SpinQuantModifier")
 _WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Penalty(BaseModel):
-    """What holds the weights to their sparse copy.
-
-    :param value: final penalty. Decoupled: ``rho``, the fraction of the gap closed in every step, 0 to 1.
-        Coupled: ``lam`` of the paper, any non-negative number
-    :param schedule: ``constant``, or growing to ``value`` until the mask is fixed: ``linear`` or ``cosine`` from 0,
-        ``exponential`` from a thousandth of it
-    :param form: ``decoupled`` takes the proximal step after the optimizer's, like decoupled weight decay;
-        ``coupled`` adds its gradient to the loss gradient, as published
-    :param free_support: let kept weights move freely, so that only pruned ones feel the penalty
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    value: float = Field(0.3, ge=0, allow_inf_nan=False)
-    schedule: ScheduleName = "cosine"
-    form: PenaltyForm = "decoupled"
-    free_support: bool = True
-
-    @model_validator(mode="after")
-    def _fits_its_form(self) -> "Penalty":
-        if self.form == "decoupled" and self.value > 1:
-            raise ValueError(f"penalty.value is {self.value}; the decoupled form allows 0 to 1, a fraction per step")
-        if self.form == "coupled" and "value" not in self.model_fields_set:
-            raise ValueError(
-                "penalty.value is not set; the coupled form has no default that fits every model (try 1e-3)"
-            )
-        return self
 
 
 class ELSAModifier(Modifier):
@@ -104,6 +76,8 @@ class ELSAModifier(Modifier):
     :param sparsity: fraction of zeros in every target, 0 <= sparsity < 1; or a mapping of name patterns (``re:`` as in
         ``targets``) to such fractions, of which the first that matches decides. Not needed for an ``N:M`` structure
     :param mask_structure: ``unstructured``, or ``N:M``: N zeros in every M weights along the input dimension
+    :param shared_budget: None makes every target as sparse as ``sparsity`` says; otherwise see
+        :class:`~elsa_modifier.fields.Budget`
     :param targets: modules to prune: names, classes, or ``re:`` patterns
     :param ignore: modules of those that stay dense
     :param steps: optimizer steps
@@ -119,7 +93,7 @@ class ELSAModifier(Modifier):
         moments in few bits: ``adam8bit``, ``adam4bit`` or ``adamfp8``
     :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
         for ten updates
-    :param penalty: see :class:`Penalty`
+    :param penalty: see :class:`~elsa_modifier.fields.Penalty`
     :param projection: ``fisher`` keeps the weights with the largest ``F x^2``, ``magnitude`` with the largest ``|x|``
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
         accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
@@ -142,6 +116,7 @@ class ELSAModifier(Modifier):
 
     sparsity: float | dict[str, float] | None = None
     mask_structure: str = "unstructured"
+    shared_budget: Budget | None = None
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     steps: int = Field(4096, ge=1)
@@ -201,6 +176,11 @@ class ELSAModifier(Modifier):
                 f"sparsity is {self.sparsity}, but mask_structure {structure} always has {structure.sparsity}; leave "
                 "sparsity out"
             )
+        if not structure.is_unstructured and self.shared_budget is not None:
+            raise ValueError(
+                f"shared_budget is set, but mask_structure {structure} decides how many zeros each weight has; leave "
+                "one of the two out"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; allowed is less than steps, {self.steps}")
         return self
@@ -252,6 +232,7 @@ class ELSAModifier(Modifier):
                 f"ELSAModifier runs in one process so far, not in {processes}; start it without a launcher"
             )
         targets = self._find_targets(state.model)
+        self._budget_of(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         quantized = next((t.name for t in targets if hasattr(t.module, "quantization_scheme")), None)
@@ -363,6 +344,23 @@ class ELSAModifier(Modifier):
         assert sparsity is not None
         return find_targets(model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure)
 
+    def _budget_of(self, targets: list[Target]) -> SharedBudget | None:
+        if self.shared_budget is None:
+            return None
+        budget = SharedBudget(
+            floor=fractions_of(targets, "shared_budget.floor", self.shared_budget.floor, default=0.0),
+            cap=fractions_of(targets, "shared_budget.cap", self.shared_budget.cap, default=0.99),
+        )
+        sizes, keep = [t.weight.numel() for t in targets], sum(t.keep for t in targets)
+        fewest, most = map(sum, budget.limits(sizes))
+        if not fewest <= keep <= most:
+            zeros = 1 - keep / sum(sizes)
+            raise ValueError(
+                f"shared_budget.floor and .cap allow a sparsity of {1 - most / sum(sizes):.4g} to "
+                f"{1 - fewest / sum(sizes):.4g}, and sparsity asks for {zeros:.4g}; widen them"
+            )
+        return budget
+
     def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
         weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
@@ -382,6 +380,7 @@ class ELSAModifier(Modifier):
             free_support=self.penalty.free_support,
             interval=self.interval or min(32, max(1, freeze_step // 10)),
             projection=self.projection,
+            budget=self._budget_of(targets),
             freeze_step=freeze_step,
             state_dtype=wider_dtype(self.dual_dtype, self.split_dtype) or self.state_dtype,
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from elsa_modifier.admm.projection import MaskStructure
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "fractions_of"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,22 @@ def find_targets(
     if not found:
         raise ValueError(f"targets {list(targets)} without ignore {list(ignore)} match no module of the model")
     return found
+
+
+def fractions_of(
+    targets: Sequence[Target], field: str, value: float | Mapping[str, float], *, default: float
+) -> list[float]:
+    """A fraction for each target: the same for all, or that of the first pattern that matches, or the default.
+
+    :param field: what errors call it
+    :raises ValueError: if a pattern matches no target
+    """
+    if not isinstance(value, Mapping):
+        return [value] * len(targets)
+    first = [next((p for p in value if is_match(t.name, t.module, p)), None) for t in targets]
+    if unmatched := set(value) - set(first):
+        raise ValueError(f"{field} has patterns that match no target: {sorted(unmatched)}; correct or remove them")
+    return [default if pattern is None else value[pattern] for pattern in first]
 
 
 def _entries_to_keep(name: str, shape: Sequence[int], sparsity: float, structure: MaskStructure) -> int:

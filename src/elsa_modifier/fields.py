@@ -1,0 +1,61 @@
+"""Fields of ELSAModifier that have fields of their own."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
+
+__all__ = ["Budget", "Penalty"]
+
+
+class Penalty(BaseModel):
+    """What holds the weights to their sparse copy.
+
+    :param value: final penalty. Decoupled: ``rho``, the fraction of the gap closed in every step, 0 to 1.
+        Coupled: ``lam`` of the paper, any non-negative number
+    :param schedule: ``constant``, or growing to ``value`` until the mask is fixed: ``linear`` or ``cosine`` from 0,
+        ``exponential`` from a thousandth of it
+    :param form: ``decoupled`` takes the proximal step after the optimizer's, like decoupled weight decay;
+        ``coupled`` adds its gradient to the loss gradient, as published
+    :param free_support: let kept weights move freely, so that only pruned ones feel the penalty
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: float = Field(0.3, ge=0, allow_inf_nan=False)
+    schedule: ScheduleName = "cosine"
+    form: PenaltyForm = "decoupled"
+    free_support: bool = True
+
+    @model_validator(mode="after")
+    def _fits_its_form(self) -> "Penalty":
+        if self.form == "decoupled" and self.value > 1:
+            raise ValueError(f"penalty.value is {self.value}; the decoupled form allows 0 to 1, a fraction per step")
+        if self.form == "coupled" and "value" not in self.model_fields_set:
+            raise ValueError(
+                "penalty.value is not set; the coupled form has no default that fits every model (try 1e-3)"
+            )
+        return self
+
+
+class Budget(BaseModel):
+    """All targets together keep as many weights as ``sparsity`` says, and one threshold decides which.
+
+    Layers that matter more keep more. Each fraction is of zeros in a target, one for all or by name patterns, of which
+    the first that matches decides; targets that none matches have the default.
+
+    :param floor: the least of a target; default 0
+    :param cap: the largest of a target; default 0.99
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    floor: float | dict[str, float] = 0.0
+    cap: float | dict[str, float] = 0.99
+
+    @model_validator(mode="after")
+    def _are_fractions(self) -> "Budget":
+        for name, value in (("floor", self.floor), ("cap", self.cap)):
+            for fraction in value.values() if isinstance(value, dict) else [value]:
+                if not 0 <= fraction <= 1:
+                    raise ValueError(f"shared_budget.{name} is {fraction}; allowed is 0 to 1, a fraction of zeros")
+        return self
