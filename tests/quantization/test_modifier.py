@@ -13,7 +13,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
 from elsa_modifier import ELSAModifier, MaskedGPTQModifier, save_sparse
-from elsa_modifier.quantization import llmcompressor_gptq
+from elsa_modifier.quantization import llmcompressor_gptq, modifier
 
 ELSA = {"sparsity": 0.8, "steps": 4, "batch_size": 2, "sequence_length": 16}
 _INT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -60,6 +60,18 @@ def test_no_pruned_weight_comes_back(scheme, cls, checkpoint, texts, tmp_path):
         assert weight.shape == mask.shape
         assert int((weight[~mask].float() != 0).sum()) == 0, name
         assert int((weight[mask].float() != 0).sum()) > 0.5 * int(mask.sum())
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "FP8_DYNAMIC"])
+def test_rows_that_keep_most_of_their_weights(scheme, checkpoint, texts):
+    """They start from GPTQ's usual factor, which would bring pruned weights back."""
+    elsa = ELSAModifier(**ELSA | {"sparsity": 0.3})
+    model = run(checkpoint(), texts, [elsa, quantizer(GPTQModifier, scheme)])
+    for name, mask in elsa.masks.items():
+        assert float(mask.float().mean()) > modifier._OWN_FACTORS
+        weight = dict(model.named_modules())[name].weight
+        assert int((weight[~mask] != 0).sum()) == 0, name
+        assert int((weight[mask] != 0).sum()) > 0.5 * int(mask.sum())
 
 
 @pytest.mark.parametrize(
