@@ -10,15 +10,16 @@ Every rule gets the same pruned checkpoint, calibration text and scheme:
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.assets import training_texts
+from benchmarks.assets import ASSETS, training_texts
 from benchmarks.gptq_rules import multiplied, re_masked
 from benchmarks.measuring import LENGTH, Results, publish
 from benchmarks.pruned import pruned_directory
@@ -58,6 +59,11 @@ def _quantize(sparsity: float, scheme: str, rule: str) -> PreTrainedModel:
         )
 
 
+def quantized_path(sparsity: float, scheme: str) -> Path:
+    """Where ``ours`` of a scheme is kept, as llm-compressor saves it."""
+    return ASSETS / "quantized" / f"elsa-{round(100 * sparsity)}-{scheme.lower()}"
+
+
 def _linears(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in model.named_modules() if n.endswith("_proj")}
 
@@ -77,6 +83,12 @@ def _measure(results: Results, sparsity: float, scheme: str, rule: str) -> None:
         {"minutes": round(minutes, 2), "zeros_before": zeros[0], "zeros_after": zeros[1], "returned": returned}
         | {title: round(perplexity(model, ids), 2) for title, ids in results.held_out.items()},
     )
+    directory = quantized_path(sparsity, scheme)
+    if rule == "ours" and not directory.exists():
+        partial = directory.with_suffix(".partial")
+        model.save_pretrained(partial, save_compressed=True)
+        AutoTokenizer.from_pretrained(pruned_directory(sparsity)).save_pretrained(partial)
+        partial.rename(directory)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Pruned and quantized SmolLM2-135M: perplexity in transformers and through a vLLM server, and bytes on disk. Writes
 ``docs/results/quantized_sizes.md``. Needs the environment that ``make serve-test`` builds.
 
-Everything starts from the checkpoints of ``benchmarks.pruned``; a quantized one is made with MaskedGPTQModifier on the
-first run.
+Everything starts from the checkpoints of ``benchmarks.pruned``. Quantized ones are those that
+``benchmarks.quantize_pruned`` leaves, or made in the same way on the first run.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from llmcompressor import oneshot
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.assets import ASSETS, evaluation_sequences, model_directory, training_texts
+from benchmarks.assets import evaluation_sequences, model_directory, training_texts
 from benchmarks.measuring import LENGTH, publish
 from benchmarks.pruned import pruned_directory
-from benchmarks.quantize_pruned import SAMPLES
+from benchmarks.quantize_pruned import SAMPLES, quantized_path
 from benchmarks.vllm_server import Server, serve
 from elsa_modifier import MaskedGPTQModifier, save_sparse
 from elsa_modifier.evaluation import perplexity
@@ -28,7 +28,7 @@ SCHEMES = ("W4A16", "W8A8")
 
 def quantized_directory(sparsity: float, scheme: str) -> Path:
     """SmolLM2, pruned unless ``sparsity`` is 0, then quantized, as llm-compressor saves it."""
-    directory = ASSETS / "quantized" / f"elsa-{round(100 * sparsity)}-{scheme.lower()}"
+    directory = quantized_path(sparsity, scheme)
     if not directory.exists():
         partial = directory.with_suffix(".partial")
         torch.manual_seed(0)
