@@ -33,8 +33,8 @@ def build_base_optimizer(
     """An optimizer on ``parameters``, all on one device. bf16 parameters are rounded stochastically.
 
     torchao compiles its step for each shape of a parameter. On a CPU that takes a C++ compiler and, for the ones in
-    integers, some 20 seconds a run, but makes a step six times as fast; fp8's step gains nothing and is not compiled
-    (docs/results/state_formats.md).
+    integers, some seconds a shape, but makes a step several times as fast; fp8's step gains little and is not compiled
+    (docs/results/optimizer_step.md).
 
     :raises ValueError: see :func:`check_optimizer`
     """
