@@ -25,7 +25,7 @@ def _measure(name: str, compiled: bool, dtype: torch.dtype) -> str:
     if compiled:
         base_optimizer._uncompiled = lambda base: base
     else:
-        shutil.which = lambda *_, **__: None  # type: ignore[assignment]
+        shutil.which = lambda *_, **__: None
     weight = torch.nn.Parameter(torch.randn(ROWS, COLUMNS).to(dtype))
     weight.grad = torch.randn_like(weight)
     optimizer = build_base_optimizer(name, [weight], lr=1e-4, betas=(0.9, 0.999))  # type: ignore[arg-type]
