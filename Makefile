@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_MMAP_MAX_ := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test serve-test lint demo benchmarks clean
+.PHONY: setup test serve-test lint demo benchmarks serve-benchmarks clean
 
 setup: $(VENV)/.ready
 
@@ -61,7 +61,15 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.plan_accuracy
 	$(BIN)/python -m benchmarks.reproducibility
 	$(BIN)/python -m benchmarks.checkpoint_size
+	$(BIN)/python -m benchmarks.masked_gptq_rules
 	$(BIN)/python -m benchmarks.quantize_pruned
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.optimizer_step
+	$(BIN)/python -m benchmarks.state_formats
+
+# The same with vLLM.
+serve-benchmarks: setup $(VLLM_VENV)/.ready
+	$(BIN)/python -m benchmarks.quantized_sizes
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .assets out

@@ -136,11 +136,10 @@ def _publish(results: Results) -> None:
         "",
         "Zeros before and after: what comes back is none; what is added are kept weights that round to zero.",
         "",
-        "| sparsity | scheme and rule | zeros before | zeros after | pruned weights that came back | minutes |",
-        "|---|---|---|---|---|---|",
+        "| sparsity | scheme and rule | zeros before | zeros after | pruned weights that came back |",
+        "|---|---|---|---|---|",
         *(
-            f"| {s:.0%} | {label} | {row['zeros_before']:.4%} | {row['zeros_after']:.4%} | {row['returned']:,} "
-            f"| {row['minutes']} |"
+            f"| {s:.0%} | {label} | {row['zeros_before']:.4%} | {row['zeros_after']:.4%} | {row['returned']:,} |"
             for label, s, row in rows
         ),
     ]
