@@ -125,8 +125,6 @@ class ADMMOptimizer:
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
         for pruned, state in self._pairs():
-            if pruned.weight.grad is None and self._penalizes_gradients():
-                pruned.weight.grad = torch.zeros_like(pruned.weight)
             self._before_base_step(pruned.weight, state)
         self.base.step()
         for pruned, state in self._pairs():
@@ -166,11 +164,10 @@ class ADMMOptimizer:
         elif self.step_count % self.interval == 1 % self.interval:
             self.project()
 
-    def _penalizes_gradients(self) -> bool:
-        return self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0
-
     def _before_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
-        if self._penalizes_gradients() and weight.grad is not None:
+        if self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
             state.add_proximal_gradient_(weight.grad, weight, self.penalty(self.step_count), self._scratch)
 
     def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
