@@ -35,7 +35,7 @@ from elsa_modifier.training.base_optimizer import (
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
-from elsa_modifier.training.model_state import trainable
+from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
 from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
@@ -43,7 +43,6 @@ __all__ = ["ELSAModifier"]
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # Modifiers of llm-compressor that multiply weights by matrices.
 _ROTATIONS = ("QuIPModifier", "SpinQuantModifier")
-_WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ELSAModifier(Modifier):
@@ -212,6 +211,11 @@ class ELSAModifier(Modifier):
         return self
 
     @property
+    def stored_state_dtype(self) -> StateDtype:
+        """What the ADMM state is stored in, whichever fields say so."""
+        return wider_dtype(self.dual_dtype, self.split_dtype) or self.state_dtype
+
+    @property
     def history(self) -> list[StepRecord]:
         """One record an optimizer step, in order."""
         return self._history
@@ -266,7 +270,7 @@ class ELSAModifier(Modifier):
             trainable(
                 model,
                 accelerator.device,
-                dtype=_WEIGHT_DTYPES[self.weight_dtype],
+                dtype=WEIGHT_DTYPES[self.weight_dtype],
                 activation_checkpointing=self.activation_checkpointing,
             ),
             torch.random.fork_rng(),
@@ -382,7 +386,7 @@ class ELSAModifier(Modifier):
             projection=self.projection,
             budget=self._budget_of(targets),
             freeze_step=freeze_step,
-            state_dtype=wider_dtype(self.dual_dtype, self.split_dtype) or self.state_dtype,
+            state_dtype=self.stored_state_dtype,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:

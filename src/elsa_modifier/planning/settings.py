@@ -7,12 +7,11 @@ import torch
 import yaml
 from llmcompressor.recipe import Recipe
 
-from elsa_modifier.admm.storage import StateDtype, wider_dtype
+from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.modifier import ELSAModifier
+from elsa_modifier.training.model_state import WEIGHT_DTYPES
 
 __all__ = ["RunSettings", "modifier_of_recipe"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class RunSettings:
             sequence_length=sequence_length,
             precision=modifier.precision,
             weight_dtype=modifier.weight_dtype,
-            state_dtype=wider_dtype(modifier.dual_dtype, modifier.split_dtype) or modifier.state_dtype,
+            state_dtype=modifier.stored_state_dtype,
             optimizer=modifier.optimizer,
             free_support=modifier.penalty.free_support,
             gradient_release=modifier.gradient_release,
@@ -64,7 +63,7 @@ class RunSettings:
     @property
     def weights(self) -> torch.dtype:
         """Dtype of weights and gradients."""
-        return _DTYPES[self.weight_dtype]
+        return WEIGHT_DTYPES[self.weight_dtype]
 
     @property
     def compute(self) -> torch.dtype:

@@ -13,7 +13,9 @@ from llmcompressor.utils.dev import get_main_device
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["trainable"]
+__all__ = ["WEIGHT_DTYPES", "trainable"]
+
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
