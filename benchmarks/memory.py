@@ -47,10 +47,10 @@ LAYOUTS = {
     "authors": Layout("two tensors, fp32 (the authors' layout)", _FP32, "adam", None),
     "published-l": Layout("two tensors, u bf16, z fp8 (ELSA-L)", _BF16, "adamfp8", None, torch.float8_e4m3fn, _BF16),
     "fp32": Layout("one tensor and a bit, fp32", _FP32, "adam", "fp32"),
-    **{f"l-{name}": Layout(f"one tensor and a bit, {name}", _BF16, "adamfp8", name) for name in ("bf16", "int8")},
-    "l-e4m3": Layout("one tensor and a bit, float8_e4m3fn", _BF16, "adamfp8", "float8_e4m3fn"),
-    "l-e5m2": Layout("one tensor and a bit, float8_e5m2", _BF16, "adamfp8", "float8_e5m2"),
-    "l-release": Layout("the same in int8, gradients released", _BF16, "adamfp8", "int8", release=True),
+    **{f"l-{name}": Layout(f"one tensor and a bit, {name}", _BF16, "adam8bit_sr", name) for name in ("bf16", "int8")},
+    "l-e4m3": Layout("one tensor and a bit, float8_e4m3fn", _BF16, "adam8bit_sr", "float8_e4m3fn"),
+    "l-e5m2": Layout("one tensor and a bit, float8_e5m2", _BF16, "adam8bit_sr", "float8_e5m2"),
+    "l-release": Layout("the same in int8, gradients released", _BF16, "adam8bit_sr", "int8", release=True),
 }
 
 

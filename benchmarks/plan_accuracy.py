@@ -55,9 +55,7 @@ LEAN = {
 REMARKS = (
     "Lean: state_dtype int8, gradient_release, activation_checkpointing. What the plan does not see is inside single "
     "operations, such as the copies that a matrix product makes of its operands, the allocator's rounding, and blocks "
-    "below 128 kB that glibc keeps. The last row's excess is torchao's step of the largest weight: on a CPU adamfp8 is "
-    "not compiled, and holds several fp32 copies of what it steps; compiled, as on a GPU, it holds none, which is what "
-    "the plan assumes. A GPU has its context and fragmentation instead; neither is measured here."
+    "below 128 kB that glibc keeps. A GPU has its context and fragmentation instead; neither is measured here."
 )
 CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
     "Llama, large vocabulary": (LLAMA, {"batch_size": 4, "sequence_length": 256}),
@@ -67,9 +65,9 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
     ),
     "OPT-125M": (OPTConfig(), {"batch_size": 1, "sequence_length": 512, "gradient_accumulation_steps": 2}),
     "Gemma 2, lean": (GEMMA, {"batch_size": 8, "sequence_length": 256} | LEAN),
-    "Llama, lean, bf16 and adamfp8": (
+    "Llama, lean, bf16 and adam8bit_sr": (
         LLAMA,
-        {"batch_size": 4, "sequence_length": 256, "weight_dtype": "bf16", "optimizer": "adamfp8"} | LEAN,
+        {"batch_size": 4, "sequence_length": 256, "weight_dtype": "bf16", "optimizer": "adam8bit_sr"} | LEAN,
     ),
 }
 

@@ -46,17 +46,18 @@ MAKERS: dict[str, Callable[[QuantizeWeight], QuantizeWeight]] = {
 }
 
 
-def _quantize(sparsity: float, scheme: str, rule: str) -> PreTrainedModel:
+def quantize(directory: Path, modifier: GPTQModifier, **options: Any) -> PreTrainedModel:
+    """The model in a directory, quantized with the calibration text that everything here gets."""
     torch.manual_seed(0)
-    with quantizing_weights_with(MAKERS[rule]):
-        return oneshot(
-            model=str(pruned_directory(sparsity)),
-            dataset=training_texts(),
-            recipe=[_OfAnyRule(scheme=scheme, ignore=["lm_head"])],
-            num_calibration_samples=SAMPLES,
-            max_seq_length=LENGTH,
-            concatenate_data=True,
-        )
+    return oneshot(
+        model=str(directory),
+        dataset=training_texts(),
+        recipe=[modifier],
+        num_calibration_samples=SAMPLES,
+        max_seq_length=LENGTH,
+        concatenate_data=True,
+        **options,
+    )
 
 
 def quantized_path(sparsity: float, scheme: str) -> Path:
@@ -71,7 +72,8 @@ def _linears(model: PreTrainedModel) -> dict[str, Tensor]:
 def _measure(results: Results, sparsity: float, scheme: str, rule: str) -> None:
     before = _linears(AutoModelForCausalLM.from_pretrained(pruned_directory(sparsity)))
     started = time.perf_counter()
-    model = _quantize(sparsity, scheme, rule)
+    with quantizing_weights_with(MAKERS[rule]):
+        model = quantize(pruned_directory(sparsity), _OfAnyRule(scheme=scheme, ignore=["lm_head"]))
     minutes = (time.perf_counter() - started) / 60
     after = _linears(model)
     total = sum(weight.numel() for weight in before.values())

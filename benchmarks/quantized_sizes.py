@@ -10,15 +10,13 @@ import math
 import tempfile
 from pathlib import Path
 
-import torch
-from llmcompressor import oneshot
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.assets import evaluation_sequences, model_directory, training_texts
+from benchmarks.assets import evaluation_sequences, model_directory
 from benchmarks.measuring import LENGTH, publish
 from benchmarks.pruned import pruned_directory
-from benchmarks.quantize_pruned import SAMPLES, quantized_path
+from benchmarks.quantize_pruned import quantize, quantized_path
 from benchmarks.vllm_server import Server, serve
 from elsa_modifier import MaskedGPTQModifier, save_sparse
 from elsa_modifier.evaluation import perplexity
@@ -31,16 +29,8 @@ def quantized_directory(sparsity: float, scheme: str) -> Path:
     directory = quantized_path(sparsity, scheme)
     if not directory.exists():
         partial = directory.with_suffix(".partial")
-        torch.manual_seed(0)
-        oneshot(
-            model=str(pruned_directory(sparsity) if sparsity else model_directory()),
-            dataset=training_texts(),
-            recipe=[MaskedGPTQModifier(scheme=scheme, ignore=["lm_head"])],
-            num_calibration_samples=SAMPLES,
-            max_seq_length=LENGTH,
-            concatenate_data=True,
-            output_dir=str(partial),
-        )
+        source = pruned_directory(sparsity) if sparsity else model_directory()
+        quantize(source, MaskedGPTQModifier(scheme=scheme, ignore=["lm_head"]), output_dir=str(partial))
         partial.rename(directory)
     return directory
 

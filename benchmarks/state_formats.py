@@ -10,13 +10,15 @@ from elsa_modifier import ELSAModifier
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.training.base_optimizer import LOW_BIT_OPTIMIZERS
 
-_BF16 = {"weight_dtype": "bf16", "optimizer": "adam8bit"}
+_BF16 = {"weight_dtype": "bf16", "optimizer": "adam8bit_sr"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     **{f"state {name}": {"state_dtype": name} for name in get_args(StateDtype) if name != "fp32"},
     **{f"optimizer {name}": {"optimizer": name} for name in LOW_BIT_OPTIMIZERS},
-    "elsa_l (bf16 weights, adam8bit, int8)": _BF16 | {"state_dtype": "int8"},
-    "bf16 weights, adam8bit, float8_e4m3fn": _BF16 | {"state_dtype": "float8_e4m3fn"},
+    "bf16 weights, adam8bit_sr": _BF16,
+    "bf16 weights, adam8bit_sr, int8 (elsa_l)": _BF16 | {"state_dtype": "int8"},
+    "bf16 weights, adam8bit_sr, float8_e4m3fn": _BF16 | {"state_dtype": "float8_e4m3fn"},
+    "bf16 weights, adam8bit, int8": _BF16 | {"optimizer": "adam8bit", "state_dtype": "int8"},
     "bf16 weights, adamfp8, int8": _BF16 | {"optimizer": "adamfp8", "state_dtype": "int8"},
 }
 

@@ -1,8 +1,12 @@
 """Fields of ELSAModifier that have fields of their own."""
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
+from elsa_modifier.targets import Target, fractions_of
 
 __all__ = ["Budget", "Penalty"]
 
@@ -59,3 +63,22 @@ class Budget(BaseModel):
                 if not 0 <= fraction <= 1:
                     raise ValueError(f"shared_budget.{name} is {fraction}; allowed is 0 to 1, a fraction of zeros")
         return self
+
+    def among(self, targets: Sequence[Target]) -> SharedBudget:
+        """The budget of these targets, whose ``keep`` says what they have together.
+
+        :raises ValueError: if a pattern matches no target, or floor and cap do not allow what they have together
+        """
+        budget = SharedBudget(
+            floor=fractions_of(targets, "shared_budget.floor", self.floor, default=0.0),
+            cap=fractions_of(targets, "shared_budget.cap", self.cap, default=0.99),
+        )
+        sizes, keep = [t.weight.numel() for t in targets], sum(t.keep for t in targets)
+        fewest, most = map(sum, budget.limits(sizes))
+        if not fewest <= keep <= most:
+            zeros = 1 - keep / sum(sizes)
+            raise ValueError(
+                f"shared_budget.floor and .cap allow a sparsity of {1 - most / sum(sizes):.4g} to "
+                f"{1 - fewest / sum(sizes):.4g}, and sparsity asks for {zeros:.4g}; widen them"
+            )
+        return budget

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from elsa_modifier.admm.bitmask import unpack_bits
-from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
@@ -25,7 +24,7 @@ from elsa_modifier.fields import Budget, Penalty
 from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
 from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
-from elsa_modifier.targets import Target, find_targets, fractions_of
+from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.base_optimizer import (
     LOW_BIT_OPTIMIZERS,
     OptimizerName,
@@ -88,8 +87,8 @@ class ELSAModifier(Modifier):
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
     :param betas: Adam's two decay rates
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
-    :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01); or, from torchao, with
-        moments in few bits: ``adam8bit``, ``adam4bit`` or ``adamfp8``
+    :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01); ``adam8bit_sr``, with
+        moments in 8 bits, stochastically rounded; or torchao's in few bits: ``adam8bit``, ``adam4bit``, ``adamfp8``
     :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
         for ten updates
     :param penalty: see :class:`~elsa_modifier.fields.Penalty`
@@ -99,7 +98,7 @@ class ELSAModifier(Modifier):
     :param seed: of the order of the data and of dropout
     :param precision: of the forward and backward pass: ``bf16`` (autocast) or ``fp32``
     :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding, which
-        needs one of torchao's optimizers
+        needs an optimizer in few bits
     :param state_dtype: what the ADMM state is stored in: ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or
         ``int8``
     :param dual_dtype: with ``split_dtype``, the published way to name formats, of ``u`` and of ``z``. They share one
@@ -236,7 +235,8 @@ class ELSAModifier(Modifier):
                 f"ELSAModifier runs in one process so far, not in {processes}; start it without a launcher"
             )
         targets = self._find_targets(state.model)
-        self._budget_of(targets)
+        if self.shared_budget is not None:
+            self.shared_budget.among(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         quantized = next((t.name for t in targets if hasattr(t.module, "quantization_scheme")), None)
@@ -348,23 +348,6 @@ class ELSAModifier(Modifier):
         assert sparsity is not None
         return find_targets(model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure)
 
-    def _budget_of(self, targets: list[Target]) -> SharedBudget | None:
-        if self.shared_budget is None:
-            return None
-        budget = SharedBudget(
-            floor=fractions_of(targets, "shared_budget.floor", self.shared_budget.floor, default=0.0),
-            cap=fractions_of(targets, "shared_budget.cap", self.shared_budget.cap, default=0.99),
-        )
-        sizes, keep = [t.weight.numel() for t in targets], sum(t.keep for t in targets)
-        fewest, most = map(sum, budget.limits(sizes))
-        if not fewest <= keep <= most:
-            zeros = 1 - keep / sum(sizes)
-            raise ValueError(
-                f"shared_budget.floor and .cap allow a sparsity of {1 - most / sum(sizes):.4g} to "
-                f"{1 - fewest / sum(sizes):.4g}, and sparsity asks for {zeros:.4g}; widen them"
-            )
-        return budget
-
     def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
         weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
@@ -384,7 +367,7 @@ class ELSAModifier(Modifier):
             free_support=self.penalty.free_support,
             interval=self.interval or min(32, max(1, freeze_step // 10)),
             projection=self.projection,
-            budget=self._budget_of(targets),
+            budget=self.shared_budget.among(targets) if self.shared_budget else None,
             freeze_step=freeze_step,
             state_dtype=self.stored_state_dtype,
         )

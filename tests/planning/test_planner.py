@@ -72,9 +72,13 @@ def test_moments_in_few_bits_only_where_torchao_has_them(name, entry, block):
     assert plan.memory.optimizer == 8 * (LINEARS + NORMS) + 2 * 2 * (entry + 4 / block) * 128 * 32
 
 
+def test_moments_in_8_bits_everywhere():
+    # The norms and the largest of the others: whole blocks of 256, or a part of one.
+    assert planned(optimizer="adam8bit_sr").memory.optimizer == 2 * (21664 + 4 * ((21664 - NORMS) // 256 + 5))
+
+
 def test_weights_in_bf16_and_released_gradients():
-    pytest.importorskip("torchao")
-    lean = planned(weight_dtype="bf16", optimizer="adam8bit", gradient_release=True, max_grad_norm=None).memory
+    lean = planned(weight_dtype="bf16", optimizer="adam8bit_sr", gradient_release=True, max_grad_norm=None).memory
     assert (lean.weights, lean.gradients) == (2 * 21664, 2 * EMBEDDING)
 
 

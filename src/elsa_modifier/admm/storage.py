@@ -15,7 +15,18 @@ from torch import Tensor
 
 from elsa_modifier.admm.bitmask import select_by_bits
 
-__all__ = ["BLOCK", "Scratch", "StateDtype", "StoredPair", "chunks", "wider_dtype"]
+__all__ = [
+    "BLOCK",
+    "Scratch",
+    "StateDtype",
+    "StoredPair",
+    "as_float",
+    "block_maxima",
+    "chunks",
+    "padded",
+    "scale_blocks_",
+    "wider_dtype",
+]
 
 StateDtype = Literal["fp32", "bf16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
@@ -40,7 +51,7 @@ def wider_dtype(first: StateDtype | None, second: StateDtype | None) -> StateDty
     return min(first, second, key=order.index)
 
 
-def _padded(entries: int) -> int:
+def padded(entries: int) -> int:
     """``entries``, rounded up to whole blocks."""
     return -(-entries // BLOCK) * BLOCK
 
@@ -62,7 +73,7 @@ class StoredPair:
         self._codes = torch.zeros(entries, dtype=_DTYPES[dtype], device=device)
         self._scales: list[Tensor] = []
         if self._codes.dtype in _LARGEST:
-            blocks = _padded(entries) // BLOCK
+            blocks = padded(entries) // BLOCK
             self._scales = [torch.zeros(blocks, device=device) for _ in range(1 + both_kinds)]
 
     @property
@@ -78,9 +89,9 @@ class StoredPair:
         codes = self._codes[start:end]
         if codes.dtype == torch.float32:
             return codes
-        values = _as_float(codes, scratch.stored[: end - start])
+        values = as_float(codes, scratch.stored[: end - start])
         if self._scales:
-            _scale_blocks(values, self._entry_scales(start, end, bits, scratch), torch.Tensor.mul_)
+            scale_blocks_(values, self._entry_scales(start, end, bits, scratch), torch.Tensor.mul_)
         return values
 
     def write(self, start: int, end: int, values: Tensor, bits: Tensor, scratch: "Scratch") -> None:
@@ -89,20 +100,20 @@ class StoredPair:
             largest = _LARGEST[self._codes.dtype]
             for kind, scale in enumerate(self._scales):
                 of_kind = values * select_by_bits(bits, values.shape, float(kind), 1.0 - kind, scratch.selection)
-                scale[start // BLOCK : _padded(end) // BLOCK] = _block_maxima(of_kind) / largest
+                scale[start // BLOCK : padded(end) // BLOCK] = block_maxima(of_kind) / largest
             scales = self._entry_scales(start, end, bits, scratch)
-            _scale_blocks(values, torch.where(scales == 0, 1.0, scales), torch.Tensor.div_)
+            scale_blocks_(values, torch.where(scales == 0, 1.0, scales), torch.Tensor.div_)
             if self._codes.dtype == torch.int8:
                 values.round_()
         self._codes[start:end].copy_(values)
 
     def _entry_scales(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
         """Scales that broadcast to (blocks, BLOCK): (blocks, 1), or (blocks, BLOCK) where there are two kinds."""
-        outside, *inside = (scale[start // BLOCK : _padded(end) // BLOCK, None] for scale in self._scales)
+        outside, *inside = (scale[start // BLOCK : padded(end) // BLOCK, None] for scale in self._scales)
         if not inside:
             return outside
         is_inside = select_by_bits(bits, torch.Size([8 * bits.numel()]), 1.0, 0.0, scratch.selection)
-        padding = _padded(end - start) - is_inside.numel()
+        padding = padded(end - start) - is_inside.numel()
         is_inside = torch.nn.functional.pad(is_inside, (0, padding)).view(-1, BLOCK)
         return torch.addcmul(outside, is_inside, inside[0] - outside)
 
@@ -114,14 +125,15 @@ class Scratch:
     """
 
     def __init__(self, largest: int, device: torch.device) -> None:
-        size = _padded(max((end - start for start, end in chunks(largest, device)), default=0))
+        size = padded(max((end - start for start, end in chunks(largest, device)), default=0))
         self.selection = torch.empty(size, device=device)
         self.stored = torch.empty(size, device=device)
         self.weight = torch.empty(size, device=device)
         self.whole = torch.empty(largest, device=device)
 
 
-def _as_float(codes: Tensor, out: Tensor) -> Tensor:
+def as_float(codes: Tensor, out: Tensor) -> Tensor:
+    """Codes of any of the formats as fp32, written to ``out``."""
     if codes.device.type == "cpu" and codes.element_size() == 1 and codes.is_floating_point():
         # A table look-up; converting takes a CPU five times as long.
         return torch.index_select(_float8_table(codes.dtype), 0, codes.view(torch.uint8).to(torch.int32), out=out)
@@ -133,7 +145,7 @@ def _float8_table(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
-def _scale_blocks(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> None:
+def scale_blocks_(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> None:
     """``scale_`` (entries,) values in place by (blocks, 1 or BLOCK) scales; the last block may be short."""
     whole = values.numel() // BLOCK
     scale_(values[: whole * BLOCK].view(-1, BLOCK), scales[:whole])
@@ -142,6 +154,7 @@ def _scale_blocks(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tens
         scale_(rest, scales[whole].expand(BLOCK)[: rest.numel()])
 
 
-def _block_maxima(values: Tensor) -> Tensor:
+def block_maxima(values: Tensor) -> Tensor:
+    """``max|t|`` of every block of a flat tensor, (blocks,); the last block may be short."""
     padding = -values.numel() % BLOCK
     return torch.nn.functional.pad(values.abs(), (0, padding)).view(-1, BLOCK).amax(dim=1)

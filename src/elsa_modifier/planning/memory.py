@@ -10,8 +10,8 @@ from elsa_modifier.planning.settings import RunSettings
 
 __all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
 
-# Bytes an entry and entries an fp32 scale of torchao's moments; it leaves small and odd tensors as they are.
-_MOMENT_FORMATS = {"adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
+# Bytes an entry and entries an fp32 scale of moments in few bits. torchao leaves small and odd tensors as they are.
+_MOMENT_FORMATS = {"adam8bit_sr": (1.0, BLOCK), "adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
 _SMALLEST_QUANTIZED = 4096
 
 
@@ -88,8 +88,8 @@ def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> i
         return sum(2 * 4 * count for count in parameters)
     entry, block = _MOMENT_FORMATS[optimizer]
     return sum(
-        round(2 * (entry * count + 4 * (count // block)))
-        if count >= _SMALLEST_QUANTIZED and count % block == 0
+        round(2 * (entry * count + 4 * -(-count // block)))
+        if optimizer == "adam8bit_sr" or (count >= _SMALLEST_QUANTIZED and count % block == 0)
         else 2 * itemsize * count
         for count in parameters
     )

@@ -69,7 +69,7 @@ def _candidates(modifier: ELSAModifier) -> list[dict[str, Any]]:
     field = "steps" if modifier.gradient_release else "gradient_accumulation_steps"
     smaller_batch = {"batch_size": 1, field: getattr(modifier, field) * modifier.batch_size}
     # Weights in bf16 need an optimizer that rounds stochastically.
-    optimizer = {} if modifier.optimizer in LOW_BIT_OPTIMIZERS else {"optimizer": "adam8bit"}
+    optimizer = {} if modifier.optimizer in LOW_BIT_OPTIMIZERS else {"optimizer": "adam8bit_sr"}
     return [
         {"activation_checkpointing": True},
         # Clipping needs all gradients at once.
@@ -77,7 +77,7 @@ def _candidates(modifier: ELSAModifier) -> list[dict[str, Any]]:
         smaller_batch,
         {"state_dtype": "bf16"},
         {"state_dtype": "int8"},
-        {"optimizer": "adam8bit"},
+        {"optimizer": "adam8bit_sr"},
         {"weight_dtype": "bf16"} | optimizer,
         {"optimizer": "adam4bit"},
     ]

@@ -1,4 +1,4 @@
-"""The optimizer that ADMM is built around: torch's Adam, or torchao's with moments in 8 or 4 bits."""
+"""The optimizer that ADMM is built around: torch's Adam, our own with moments in 8 bits, or torchao's in 8 or 4."""
 
 import importlib.util
 import shutil
@@ -10,12 +10,15 @@ from loguru import logger
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_modifier.training.stochastic_adam import StochasticAdam
+
 __all__ = ["LOW_BIT_OPTIMIZERS", "OptimizerName", "build_base_optimizer", "check_optimizer"]
 
-OptimizerName = Literal["adam", "adamw", "adam8bit", "adam4bit", "adamfp8"]
+OptimizerName = Literal["adam", "adamw", "adam8bit_sr", "adam8bit", "adam4bit", "adamfp8"]
 
 _TORCH = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-LOW_BIT_OPTIMIZERS = {"adam8bit": "Adam8bit", "adam4bit": "Adam4bit", "adamfp8": "AdamFp8"}
+_TORCHAO = {"adam8bit": "Adam8bit", "adam4bit": "Adam4bit", "adamfp8": "AdamFp8"}
+LOW_BIT_OPTIMIZERS: tuple[OptimizerName, ...] = ("adam8bit_sr", "adam8bit", "adam4bit", "adamfp8")
 
 
 def check_optimizer(name: OptimizerName) -> None:
@@ -23,8 +26,10 @@ def check_optimizer(name: OptimizerName) -> None:
 
     :raises ValueError: if the optimizer needs torchao and it is not installed
     """
-    if name in LOW_BIT_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"optimizer is {name!r}, which needs torchao: pip install 'elsa-modifier[torchao]'")
+    if name in _TORCHAO and importlib.util.find_spec("torchao") is None:
+        raise ValueError(
+            f"optimizer is {name!r}, which needs torchao: pip install 'elsa-modifier[torchao]', or use adam8bit_sr"
+        )
 
 
 def build_base_optimizer(
@@ -43,9 +48,11 @@ def build_base_optimizer(
     if name in _TORCH:
         adam: Optimizer = _TORCH[name](parameters, lr=lr, betas=betas, fused=device in ("cpu", "cuda"))
         return adam
+    if name == "adam8bit_sr":
+        return StochasticAdam(parameters, lr=lr, betas=betas)
     from torchao import optim
 
-    make = getattr(optim, LOW_BIT_OPTIMIZERS[name])
+    make = getattr(optim, _TORCHAO[name])
     if device == "cpu":
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if name != "adamfp8" and not compiler:

@@ -1,0 +1,166 @@
+"""Adam with moments in 8 bits whose second one does not stand still.
+
+With ``beta2`` 0.999 the second moment moves by some 0.1% in a step. 8-bit values lie 6-12% apart: rounded to the nearest,
+an entry that should grow beside the largest of its block stays where it is. Here it is rounded up or down with
+probabilities that make the expectation the value itself. Its format has no sign, 5 bits of exponent, 3 of mantissa, and a
+scale for every block of 256 entries, and reaches over 32 binary orders of magnitude; fp8's 4 bits of exponent reach over
+18, and make smaller second moments 0.
+
+The first moment, which moves by 10% in a step, is ``float8_e4m3fn``, rounded to the nearest.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elsa_modifier.admm.rounding import round_stochastically_, uniform_int16
+from elsa_modifier.admm.storage import BLOCK, as_float, block_maxima, chunks, padded, scale_blocks_
+
+__all__ = ["FirstMoment", "SecondMoment", "StochasticAdam"]
+
+# Of a float's bits, what an 8-bit second moment drops, and the code of 1.0, a block's largest, before it is made 255.
+_DROPPED = 20
+_CODE_OF_ONE = 127 << 3
+
+
+class _Moment:
+    """A flat tensor in one byte an entry, and a scale for each block.
+
+    :param codes: zeros, (entries,) in the dtype of the codes
+    :param shape: of the parameter
+    """
+
+    def __init__(self, codes: Tensor, shape: torch.Size) -> None:
+        self.codes = codes
+        self.scales = torch.zeros(padded(codes.numel()) // BLOCK, device=codes.device)
+        self._shape = shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        """All of it: fp32, the shape of the parameter."""
+        return self.read(0, self.codes.numel()).view(self._shape)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """Entries ``start``, a multiple of 256, to ``end``: fp32, a new tensor."""
+        values = self._decode(self.codes[start:end])
+        scale_blocks_(values, self._scales_of(start, end), torch.Tensor.mul_)
+        return values
+
+    def write(self, start: int, end: int, values: Tensor) -> None:
+        """Store fp32 ``values``, which are overwritten."""
+        scales = self._scales_of(start, end)
+        scales.copy_(block_maxima(values)[:, None])
+        scale_blocks_(values, scales.clamp_min(torch.finfo(torch.float32).tiny), torch.Tensor.div_)
+        self._encode(values, self.codes[start:end])
+
+    def _scales_of(self, start: int, end: int) -> Tensor:
+        return self.scales[start // BLOCK : padded(end) // BLOCK, None]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _encode(self, values: Tensor, codes: Tensor) -> None:
+        """Write the codes of values from -1 to 1, which may be overwritten."""
+        raise NotImplementedError
+
+
+class FirstMoment(_Moment):
+    """In ``float8_e4m3fn``, a block's largest as 448, rounded to the nearest."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        codes = torch.zeros(parameter.numel(), dtype=torch.float8_e4m3fn, device=parameter.device)
+        super().__init__(codes, parameter.shape)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return as_float(codes, torch.empty(codes.shape, device=codes.device)).mul_(1 / 448)
+
+    def _encode(self, values: Tensor, codes: Tensor) -> None:
+        codes.copy_(values.mul_(448))
+
+
+class SecondMoment(_Moment):
+    """In 5 bits of exponent and 3 of mantissa, a block's largest as 1, rounded stochastically."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        codes = torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device)
+        super().__init__(codes, parameter.shape)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return _table(codes.device).index_select(0, codes.to(torch.int32))
+
+    def _encode(self, values: Tensor, codes: Tensor) -> None:
+        bits = values.view(torch.int32)
+        # 16 random bits at the upper end of those dropped, and what is carried over rounds up.
+        noise = uniform_int16(bits).to(torch.int32).add_(1 << 15).bitwise_left_shift_(_DROPPED - 16)
+        rounded = bits.add_(noise).bitwise_right_shift_(_DROPPED)
+        codes.copy_(rounded.sub_(_CODE_OF_ONE - 255).clamp_(min=0))
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """The values of a second moment's 256 codes."""
+    values = (torch.arange(256, dtype=torch.int32) + (_CODE_OF_ONE - 255)).bitwise_left_shift(_DROPPED)
+    values[0] = 0
+    return values.view(torch.float32).to(device)
+
+
+class StochasticAdam(Optimizer):
+    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in fp32 arithmetic, on moments in 8 bits.
+
+    bf16 parameters are rounded stochastically too.
+
+    :param parameters: fp32 or bf16, contiguous
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient.
+
+        :raises ValueError: if there is a closure, which would have to be evaluated first
+        """
+        if closure is not None:
+            raise ValueError("a closure is not supported: compute the gradients before the step")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, **{key: group[key] for key in ("lr", "betas", "eps")})
+
+    def _step(self, parameter: nn.Parameter, *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = FirstMoment(parameter), SecondMoment(parameter)
+        state["step"] += 1
+        corrections = [1 - beta ** state["step"] for beta in betas]
+        weights, gradients = parameter.detach().view(-1), parameter.grad.detach().reshape(-1)  # type: ignore[union-attr]
+        for start, end in chunks(parameter.numel(), parameter.device):
+            gradient, weight = gradients[start:end].float(), weights[start:end]
+            first = state["exp_avg"].read(start, end).lerp_(gradient, 1 - betas[0])
+            second = state["exp_avg_sq"].read(start, end)
+            second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+            denominator = second.sqrt().mul_(1 / math.sqrt(corrections[1])).add_(eps)
+            values = weight if weight.dtype == torch.float32 else weight.float()
+            values.addcdiv_(first, denominator, value=-lr / corrections[0])
+            if values is not weight:
+                round_stochastically_(weight, values)
+            state["exp_avg"].write(start, end, first)
+            state["exp_avg_sq"].write(start, end, second)
