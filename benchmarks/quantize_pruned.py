@@ -8,6 +8,7 @@ Every rule gets the same pruned checkpoint, calibration text and scheme:
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +47,13 @@ MAKERS: dict[str, Callable[[QuantizeWeight], QuantizeWeight]] = {
 }
 
 
-def quantize(directory: Path, modifier: GPTQModifier, **options: Any) -> PreTrainedModel:
-    """The model in a directory, quantized with the calibration text that everything here gets."""
+def quantize(directory: Path, modifier: GPTQModifier, *, text: int = 0, **options: Any) -> PreTrainedModel:
+    """The model in a directory, quantized with the calibration text that everything here gets; or with another one."""
     torch.manual_seed(0)
+    texts = training_texts()
     return oneshot(
         model=str(directory),
-        dataset=training_texts(),
+        dataset=texts.shuffle(seed=text) if text else texts,
         recipe=[modifier],
         num_calibration_samples=SAMPLES,
         max_seq_length=LENGTH,
@@ -69,28 +71,32 @@ def _linears(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in model.named_modules() if n.endswith("_proj")}
 
 
-def _measure(results: Results, sparsity: float, scheme: str, rule: str) -> None:
+def _measure(results: Results, sparsity: float, scheme: str, rule: str, text: int) -> None:
     before = _linears(AutoModelForCausalLM.from_pretrained(pruned_directory(sparsity)))
     started = time.perf_counter()
     with quantizing_weights_with(MAKERS[rule]):
-        model = quantize(pruned_directory(sparsity), _OfAnyRule(scheme=scheme, ignore=["lm_head"]))
+        model = quantize(pruned_directory(sparsity), _OfAnyRule(scheme=scheme, ignore=["lm_head"]), text=text)
     minutes = (time.perf_counter() - started) / 60
     after = _linears(model)
     total = sum(weight.numel() for weight in before.values())
     returned = sum(int(((weight == 0) & (after[name] != 0)).sum()) for name, weight in before.items())
     zeros = [sum(int((w == 0).sum()) for w in weights.values()) / total for weights in (before, after)]
     results.record(
-        f"{scheme} {rule}",
+        _label(scheme, rule, text),
         sparsity,
         {"minutes": round(minutes, 2), "zeros_before": zeros[0], "zeros_after": zeros[1], "returned": returned}
         | {title: round(perplexity(model, ids), 2) for title, ids in results.held_out.items()},
     )
     directory = quantized_path(sparsity, scheme)
-    if rule == "ours" and not directory.exists():
+    if rule == "ours" and text == 0 and not directory.exists():
         partial = directory.with_suffix(".partial")
         model.save_pretrained(partial, save_compressed=True)
         AutoTokenizer.from_pretrained(pruned_directory(sparsity)).save_pretrained(partial)
         partial.rename(directory)
+
+
+def _label(scheme: str, rule: str, text: int) -> str:
+    return f"{scheme} {rule}" + (f", text {text}" if text else "")
 
 
 def main() -> None:
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=(0.8, 0.5, 0.9))
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--rule", nargs="+", choices=RULES, default=RULES)
+    parser.add_argument("--text", type=int, nargs="+", default=(0,), help="more than one say how much of it is chance")
     parser.add_argument("--publish", action="store_true", help="write the page from what was measured before")
     arguments = parser.parse_args()
     results = Results("quantize_pruned")
@@ -107,33 +114,34 @@ def main() -> None:
             pruned = {title: round(perplexity(dense, ids), 2) for title, ids in results.held_out.items()}
             results.record("pruned bf16", sparsity, pruned)
             for scheme in arguments.scheme:
-                for rule in arguments.rule:
-                    _measure(results, sparsity, scheme, rule)
+                for rule, text in itertools.product(arguments.rule, arguments.text):
+                    _measure(results, sparsity, scheme, rule, text)
     _publish(results)
 
 
 def _publish(results: Results) -> None:
     latest = results.latest()
+    sparsities = sorted({sparsity for _, sparsity in latest})
+    texts = sorted({0, *(int(label.split(", text ")[1]) for label, _ in latest if ", text " in label)})
     lines = [
         "# Quantizing a pruned model with GPTQ",
         "",
         "`python -m benchmarks.quantize_pruned`: SmolLM2-135M pruned by ELSA;",
         f"{SAMPLES} calibration samples of {LENGTH} tokens. Perplexity on held-out C4 / Wikipedia; the script",
-        "describes the rules.",
+        "describes the rules. Texts other than 0 (`--text`) calibrate with other documents: what differs is chance.",
         "",
-        "| sparsity | scheme | pruned bf16 | " + " | ".join(RULES) + " |",
-        "|---" * (3 + len(RULES)) + "|",
+        "| sparsity | scheme | text | pruned bf16 | " + " | ".join(RULES) + " |",
+        "|---" * (4 + len(RULES)) + "|",
     ]
     rows = []
-    for sparsity in sorted({sparsity for _, sparsity in latest}):
-        pruned = latest["pruned bf16", sparsity]
-        for scheme in SCHEMES:
-            found = [latest.get((f"{scheme} {rule}", sparsity)) for rule in RULES]
-            if not any(found):
-                continue
-            cells = [_cell(pruned), *(_cell(row) if row else "not measured" for row in found)]
-            lines.append(f"| {sparsity:.0%} | {scheme} | " + " | ".join(cells) + " |")
-            rows += [(f"{scheme} {rule}", sparsity, row) for rule, row in zip(RULES, found, strict=True) if row]
+    for sparsity, scheme, text in itertools.product(sparsities, SCHEMES, texts):
+        found = {rule: latest.get((_label(scheme, rule, text), sparsity)) for rule in RULES}
+        if any(found.values()):
+            cells = [
+                _cell(row) if row else "not measured" for row in (latest["pruned bf16", sparsity], *found.values())
+            ]
+            lines.append(f"| {sparsity:.0%} | {scheme} | {text} | " + " | ".join(cells) + " |")
+            rows += [(f"{scheme} {rule}", sparsity, row) for rule, row in found.items() if row and text == 0]
     lines += [
         "",
         "Zeros before and after: what comes back is none; what is added are kept weights that round to zero.",
