@@ -1,7 +1,8 @@
-"""What ADMM adds to a training step, and what its state weighs, on SmolLM2-135M at 4 x 256 tokens.
+"""What ADMM adds to a training step, and what its state weighs, on SmolLM2-135M.
 
 Forward, backward and a fused Adam step are timed with and without the ADMM part around the same Adam, in turn, in one
-process. The projection runs every ``interval`` steps; its cost is spread over them. Medians, in seconds.
+process. The projection runs every ``interval`` steps; its cost is spread over them. What ADMM takes
+does not depend on the tokens of a step, so the ratio does. Medians, in seconds.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
+# Tokens in each of four sequences, and what they are computed in.
+BATCHES = ((256, "bf16 autocast", torch.bfloat16), (1024, "bf16 autocast", torch.bfloat16), (256, "fp32", None))
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -38,38 +41,38 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
-    rows = torch.randint(0, model.config.vocab_size, (4, 256))
-    batch = {"input_ids": rows, "labels": rows}
     parameters = [m.weight for m in pruned_linears(model) if isinstance(m.weight, nn.Parameter)]
     weights = [PrunedWeight("", p, p.numel() // 5, MaskStructure()) for p in parameters]
     pruned = sum(w.weight.numel() for w in weights)
     base = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
 
-    def forward_backward(precision: torch.dtype | None) -> None:
+    def forward_backward(length: int, precision: torch.dtype | None) -> None:
+        rows = torch.randint(0, model.config.vocab_size, (4, length))
         with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-            loss = next_token_loss(model, batch)
+            loss = next_token_loss(model, {"input_ids": rows, "labels": rows})
         model.zero_grad()
         loss.backward()
 
-    forward_backward(torch.bfloat16)
+    forward_backward(256, torch.bfloat16)
     base.step()
     plain = {}
-    for name, precision in (("bf16 autocast", torch.bfloat16), ("fp32", None)):
-        run = functools.partial(forward_backward, precision)
-        plain[name] = statistics.median(_timed(run) for _ in range(arguments.repeats))
+    for length, name, precision in BATCHES:
+        run = functools.partial(forward_backward, length, precision)
+        plain[f"4 x {length}, {name}"] = statistics.median(_timed(run) for _ in range(arguments.repeats))
     lines = [
         "# Overhead of a step",
         "",
-        f"SmolLM2-135M, 4 x 256 tokens, {pruned:,} pruned weights, two CPU cores, medians of {arguments.repeats}. "
+        f"SmolLM2-135M, {pruned:,} pruned weights, two CPU cores, medians of {arguments.repeats}. "
         + "Forward and backward take "
         + ", ".join(f"{seconds:.2f} s ({name})" for name, seconds in plain.items())
         + f". The ratio is (forward, backward, Adam, ADMM) / (forward, backward, Adam) at interval {INTERVAL}.",
         "",
         "`python -m benchmarks.step_overhead` prints and writes this.",
         "",
-        "| form | support | state | Adam, s | + proximal step, s | update, s | ratio, bf16 | ratio, fp32 "
-        "| bytes a weight |",
-        "|---" * 9 + "|",
+        "| form | support | state | Adam, s | + proximal step, s | update, s | "
+        + " | ".join(f"ratio, {name}" for name in plain)
+        + " | bytes a weight |",
+        "|---" * (7 + len(plain)) + "|",
     ]
     forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
     variants: list[tuple[PenaltyForm, bool, StateDtype]] = [(f, free, "fp32") for f in forms for free in (True, False)]

@@ -29,7 +29,7 @@ def select_by_bits(bits: Tensor, shape: torch.Size, on: float, off: float, scrat
 
     :param scratch: fp32 buffer of at least ``8 * len(bits)`` entries to write into, or None to allocate
     """
-    table = torch.where(_bit_table(bits.device), on, off)
+    table = _selection_table(bits.device, on, off)
     out = None if scratch is None else scratch[: 8 * bits.numel()].view(-1, 8)
     rows = torch.index_select(table, 0, bits.to(torch.int32), out=out)
     return rows.view(-1)[: shape.numel()].view(shape)
@@ -39,6 +39,13 @@ def count_entered(new: Tensor, old: Tensor) -> Tensor:
     """How many bits are set in ``new`` and not in ``old``: zero-dimensional int64."""
     counts = _bit_table(new.device).sum(dim=1)
     return counts.index_select(0, (new & ~old).to(torch.int32)).sum()
+
+
+# A step asks for the same two values for every weight, the next one perhaps for others.
+@functools.lru_cache(maxsize=16)
+def _selection_table(device: torch.device, on: float, off: float) -> Tensor:
+    """``on`` and ``off`` instead of the eight bits of every byte value: (256, 8), fp32."""
+    return torch.where(_bit_table(device), on, off)
 
 
 @functools.cache

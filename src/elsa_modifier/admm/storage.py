@@ -56,6 +56,7 @@ def padded(entries: int) -> int:
     return -(-entries // BLOCK) * BLOCK
 
 
+@functools.cache
 def chunks(entries: int, device: torch.device) -> list[tuple[int, int]]:
     """Start and end of the chunks of a flat tensor; each starts at a whole block."""
     size = _CPU_CHUNK if device.type == "cpu" else _CHUNK
@@ -134,15 +135,14 @@ class Scratch:
 
 def as_float(codes: Tensor, out: Tensor) -> Tensor:
     """Codes of any of the formats as fp32, written to ``out``."""
-    if codes.device.type == "cpu" and codes.element_size() == 1 and codes.is_floating_point():
-        # A table look-up; converting takes a CPU five times as long.
-        return torch.index_select(_float8_table(codes.dtype), 0, codes.view(torch.uint8).to(torch.int32), out=out)
-    return out.copy_(codes)
-
-
-@functools.cache
-def _float8_table(dtype: torch.dtype) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    if codes.device.type != "cpu" or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return out.copy_(codes)
+    # By way of fp16, in a tenth of the time that a CPU takes to convert fp8. e5m2 is the upper half of an fp16; the bits
+    # of e4m3 but the sign lie one lower, and mean 2^8 times as much there.
+    bits = codes.view(torch.int8).to(torch.int16)
+    if codes.dtype == torch.float8_e5m2:
+        return out.copy_(bits.bitwise_left_shift_(8).view(torch.float16))
+    return out.copy_(bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16)).mul_(256.0)
 
 
 def scale_blocks_(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> None:
