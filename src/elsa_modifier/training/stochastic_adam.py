@@ -37,13 +37,13 @@ class _Moment:
 
     def __init__(self, codes: Tensor, shape: torch.Size) -> None:
         self.codes = codes
-        self.scales = torch.zeros(padded(codes.numel()) // BLOCK, device=codes.device)
+        self.scale = torch.zeros(padded(codes.numel()) // BLOCK, device=codes.device)
         self._shape = shape
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.codes.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.scale.nbytes
 
     def dequantize(self) -> Tensor:
         """All of it: fp32, the shape of the parameter."""
@@ -63,7 +63,7 @@ class _Moment:
         self._encode(values, self.codes[start:end])
 
     def _scales_of(self, start: int, end: int) -> Tensor:
-        return self.scales[start // BLOCK : padded(end) // BLOCK, None]
+        return self.scale[start // BLOCK : padded(end) // BLOCK, None]
 
     def _decode(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
