@@ -25,9 +25,10 @@ __all__ = ["HIGHEST", "Scan", "fault_of", "histogram", "mask_from", "scan", "sco
 HIGHEST = 0x7F7FFFFF
 _NEGATIVE = range(0x80000000, 0xFF800000)
 
-# In main memory a chunk and its temporaries stay in a core's cache; elsewhere a chunk is worth starting kernels for. If
-# all of one were candidates, their positions would take 128 MiB.
-_HOST_CHUNK = 1 << 16
+# In main memory smaller chunks would stay in a core's cache, but threads that hand each other the interpreter's lock after
+# every operation on one lose more than that. Elsewhere a chunk is worth starting kernels for. If all of one were
+# candidates, their positions would take 128 MiB.
+_HOST_CHUNK = 1 << 20
 _DEVICE_CHUNK = 1 << 24
 # Fewer entries than this are read before a second thread has started.
 _ENTRIES_PER_THREAD = 1 << 19
