@@ -25,8 +25,8 @@ __all__ = ["HIGHEST", "Scan", "fault_of", "histogram", "mask_from", "scan", "sco
 HIGHEST = 0x7F7FFFFF
 _NEGATIVE = range(0x80000000, 0xFF800000)
 
-# In main memory smaller chunks would stay in a core's cache, but threads that hand each other the interpreter's lock after
-# every operation on one lose more than that. Elsewhere a chunk is worth starting kernels for. If all of one were
+# In main memory smaller chunks would stay in a core's cache, but threads that hand each other the interpreter's lock
+# after every operation on one lose more than that. Elsewhere a chunk is worth starting kernels for. If all of one were
 # candidates, their positions would take 128 MiB.
 _HOST_CHUNK = 1 << 20
 _DEVICE_CHUNK = 1 << 24

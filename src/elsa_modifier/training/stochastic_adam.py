@@ -1,10 +1,10 @@
 """Adam with moments in 8 bits whose second one does not stand still.
 
-With ``beta2`` 0.999 the second moment moves by some 0.1% in a step. 8-bit values lie 6-12% apart: rounded to the nearest,
-an entry that should grow beside the largest of its block stays where it is. Here it is rounded up or down with
-probabilities that make the expectation the value itself. Its format has no sign, 5 bits of exponent, 3 of mantissa, and a
-scale for every block of 256 entries, and reaches over 32 binary orders of magnitude; fp8's 4 bits of exponent reach over
-18, and make smaller second moments 0.
+With ``beta2`` 0.999 the second moment moves by some 0.1% in a step. 8-bit values lie 6-12% apart: rounded to the
+nearest, an entry that should grow beside the largest of its block stays where it is. Here it is rounded up or down with
+probabilities that make the expectation the value itself. Its format has no sign, 5 bits of exponent, 3 of mantissa, and
+a scale for every block of 256 entries, and reaches over 32 binary orders of magnitude; fp8's 4 bits of exponent reach
+over 18, and make smaller second moments 0. What it costs: docs/results/state_formats.md.
 
 The first moment, which moves by 10% in a step, is ``float8_e4m3fn``, rounded to the nearest.
 """
