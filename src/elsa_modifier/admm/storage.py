@@ -137,7 +137,7 @@ def as_float(codes: Tensor, out: Tensor) -> Tensor:
     """Codes of any of the formats as fp32, written to ``out``."""
     if codes.device.type != "cpu" or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return out.copy_(codes)
-    # By way of fp16, in a tenth of the time that a CPU takes to convert fp8. e5m2 is the upper half of an fp16; all bits
+    # By way of fp16: a tenth of the time that a CPU takes to convert fp8. e5m2 is the upper half of an fp16; all bits
     # of e4m3 but the sign lie one lower, and mean 2^8 times as much there.
     bits = codes.view(torch.int8).to(torch.int16)
     if codes.dtype == torch.float8_e5m2:
