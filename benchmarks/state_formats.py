@@ -51,8 +51,10 @@ def _publish(results: Results) -> None:
         "| sparsity | variant | seed | C4 | Wikipedia | over fp32 |",
         "|---" * 6 + "|",
     ]
-    rows = [(sparsity, *label.rsplit(", seed ", 1), row) for (label, sparsity), row in latest.items()]
-    for sparsity, variant, seed, row in sorted(rows, key=lambda r: (r[0], list(VARIANTS).index(r[1]), r[2])):
+    order = list(VARIANTS)
+    for label, sparsity in sorted(latest, key=lambda key: (key[1], order.index(key[0].split(", seed ")[0]), key[0])):
+        row = latest[label, sparsity]
+        variant, seed = label.split(", seed ")
         exact = latest.get((f"fp32, seed {seed}", sparsity))
         ratio = f"{row['C4'] / exact['C4']:.3f} / {row['Wikipedia'] / exact['Wikipedia']:.3f}" if exact else ""
         lines.append(f"| {sparsity:.0%} | {variant} | {seed} | {row['C4']:,.1f} | {row['Wikipedia']:,.1f} | {ratio} |")
