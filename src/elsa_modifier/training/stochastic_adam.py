@@ -11,6 +11,7 @@ The first moment, which moves by 10% in a step, is ``float8_e4m3fn``, rounded to
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ _DROPPED = 20
 _CODE_OF_ONE = 127 << 3
 
 
-class _Moment:
+class _Moment(ABC):
     """A flat tensor in one byte an entry, and a scale for each block.
 
     :param codes: zeros, (entries,) in the dtype of the codes
@@ -65,12 +66,13 @@ class _Moment:
     def _scales_of(self, start: int, end: int) -> Tensor:
         return self.scale[start // BLOCK : padded(end) // BLOCK, None]
 
+    @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The values of codes, from -1 to 1: fp32, a new tensor."""
 
+    @abstractmethod
     def _encode(self, values: Tensor, codes: Tensor) -> None:
         """Write the codes of values from -1 to 1, which may be overwritten."""
-        raise NotImplementedError
 
 
 class FirstMoment(_Moment):
