@@ -113,8 +113,8 @@ def test_bytes():
     weight.grad = torch.randn_like(weight)
     optimizer = StochasticAdam([weight], lr=1e-3)
     optimizer.step()
-    moments = optimizer.state[weight]
-    assert moments["exp_avg"].nbytes + moments["exp_avg_sq"].nbytes == 2 * (1 + 4 / 256) * weight.numel()
+    moments = [optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
+    assert sum(m.codes.nbytes + m.scale.nbytes for m in moments) == 2 * (1 + 4 / 256) * weight.numel()
 
 
 def test_a_closure_is_refused():

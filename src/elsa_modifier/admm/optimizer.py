@@ -282,7 +282,7 @@ class ADMMOptimizer:
                 "use an optimizer of the Adam family, or projection 'magnitude'"
             )
         fisher: Tensor = moments["exp_avg_sq"]
-        # torchao's optimizers keep it quantized.
+        # Optimizers with moments in few bits, ours and torchao's, keep it quantized.
         return fisher.dequantize() if hasattr(fisher, "codes") else fisher.float()
 
     def _freeze(self) -> None:

@@ -41,11 +41,6 @@ class _Moment(ABC):
         self.scale = torch.zeros(padded(codes.numel()) // BLOCK, device=codes.device)
         self._shape = shape
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.codes.nbytes + self.scale.nbytes
-
     def dequantize(self) -> Tensor:
         """All of it: fp32, the shape of the parameter."""
         return self.read(0, self.codes.numel()).view(self._shape)
