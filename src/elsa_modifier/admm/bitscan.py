@@ -82,12 +82,17 @@ def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = No
     def run(part: slice) -> tuple[Any, int, int, list[_Array], list[_Array]]:
         above: Any = 0
         inside, extremes, positions, found = 0, [], [], []
+        # New memory for each chunk would take longer than what is done with it.
+        buffers = [xp.empty_like(entries[part][: _chunk_size(entries)], dtype=xp.bool) for _ in range(2)]
         for where in _chunks(entries, part):
             chunk = entries[where]
+            over, least = (buffer[: len(chunk)] for buffer in buffers)
+            least = least if out is None else out[where]
             extremes.append(_highest(chunk))
-            over = chunk > high
-            among = xp.greater_equal(chunk, low, out=None if out is None else out[where]) ^ over
+            xp.greater(chunk, high, out=over)
             above += xp.count_nonzero(over)
+            xp.greater_equal(chunk, low, out=least)
+            among = xp.bitwise_xor(over, least, out=over)
             local = xp.argwhere(among)[:, 0]
             inside += len(local)
             if inside <= limit:
@@ -168,8 +173,12 @@ def _array(tensor: Tensor) -> _Array:
 
 
 def _chunks(array: _Array, part: slice) -> Iterator[slice]:
-    size = _HOST_CHUNK if isinstance(array, np.ndarray) else _DEVICE_CHUNK
+    size = _chunk_size(array)
     return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
+
+
+def _chunk_size(array: _Array) -> int:
+    return _HOST_CHUNK if isinstance(array, np.ndarray) else _DEVICE_CHUNK
 
 
 def _highest(chunk: _Array) -> _Array:
