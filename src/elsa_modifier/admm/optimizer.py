@@ -1,9 +1,9 @@
 """ADMM around any torch optimizer: the proximal step on every step, the z- and u-updates on some, then a fixed mask."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,21 @@ from elsa_modifier.admm.projection import MaskStructure, projection_scores
 from elsa_modifier.admm.state import ADMMState
 from elsa_modifier.admm.storage import Scratch, StateDtype
 
-__all__ = ["ADMMOptimizer", "Projection", "PrunedWeight"]
+__all__ = ["ADMMOptimizer", "Projection", "PrunedWeight", "RoundsOnce"]
 
 Projection = Literal["fisher", "magnitude"]
+
+
+@runtime_checkable
+class RoundsOnce(Protocol):
+    """A base optimizer that lets ADMM take its part of a step before new values are rounded to the weights' dtype.
+
+    ``before_rounding`` is called in each step of a parameter that has a gradient, once for each of its
+    :func:`~elsa_modifier.admm.storage.chunks`, with the parameter, the chunk's start and end, and its new values, fp32,
+    which it may change.
+    """
+
+    before_rounding: Callable[[Tensor, int, int, Tensor], None] | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,8 @@ class ADMMOptimizer:
             for w, keep in zip(self.weights, keeps, strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
+        if isinstance(base, RoundsOnce):
+            base.before_rounding = self._constrain_entries
         if freeze_step <= 0:
             self._freeze()
 
@@ -171,11 +185,24 @@ class ADMMOptimizer:
             state.add_proximal_gradient_(weight.grad, weight, self.penalty(self.step_count), self._scratch)
 
     def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
+        if isinstance(self.base, RoundsOnce) and weight.grad is not None:
+            return  # has been done by the base step
         penalty = self.penalty(self.step_count)
         if self.frozen:
             state.apply_mask_(weight, self._scratch)
         elif self.form == "decoupled" and penalty > 0:
             state.pull_(weight, penalty, self._scratch)
+
+    def _constrain_entries(self, parameter: Tensor, start: int, end: int, values: Tensor) -> None:
+        """What :meth:`_after_base_step` does, on one chunk of any of the base optimizer's parameters."""
+        state = self._state_of.get(id(parameter))
+        penalty = self.penalty(self.step_count)
+        if state is None:
+            return
+        if self.frozen:
+            state.mask_entries_(start, end, values, self._scratch)
+        elif self.form == "decoupled" and penalty > 0:
+            state.pull_entries_(start, end, values, penalty, self._scratch)
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""

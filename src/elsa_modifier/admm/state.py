@@ -114,19 +114,24 @@ class ADMMState:
     def pull_(self, x: Tensor, penalty: float, scratch: Scratch | None = None) -> None:
         """Decoupled proximal step, in place: ``x <- x - penalty (x - z) - y``, ``0 <= penalty <= 1``."""
         scratch = self._scratch(scratch)
-        for start, end, bits in self._chunks():
-            stored = self._pair.read(start, end, bits, scratch)
+        for start, end, _ in self._chunks():
             weight = _flat(x)[start:end]
             values = weight if weight.dtype == torch.float32 else scratch.weight[: end - start].copy_(weight)
-            if self.free_support:
-                # The pair is zero on the support, so only the decay has to know the mask.
-                decay = select_by_bits(bits, values.shape, 1.0, 1.0 - penalty, scratch.selection)
-                torch.addcmul(stored, values, decay, out=values)
-            else:
-                values.mul_(1.0 - penalty)
-                values.addcmul_(stored, select_by_bits(bits, values.shape, penalty, 1.0, scratch.selection))
+            self.pull_entries_(start, end, values, penalty, scratch)
             if values is not weight:
                 round_stochastically_(weight, values)
+
+    def pull_entries_(self, start: int, end: int, values: Tensor, penalty: float, scratch: Scratch) -> None:
+        """:meth:`pull_` on entries ``start`` to ``end``, one of the chunks of the weight, given as fp32 ``values``."""
+        bits = self._bits_of(start, end)
+        stored = self._pair.read(start, end, bits, scratch)
+        if self.free_support:
+            # The pair is zero on the support, so only the decay has to know the mask.
+            decay = select_by_bits(bits, values.shape, 1.0, 1.0 - penalty, scratch.selection)
+            torch.addcmul(stored, values, decay, out=values)
+        else:
+            values.mul_(1.0 - penalty)
+            values.addcmul_(stored, select_by_bits(bits, values.shape, penalty, 1.0, scratch.selection))
 
     @torch.no_grad()
     def add_proximal_gradient_(self, grad: Tensor, x: Tensor, penalty: float, scratch: Scratch | None = None) -> None:
@@ -148,9 +153,12 @@ class ADMMState:
     def apply_mask_(self, x: Tensor, scratch: Scratch | None = None) -> None:
         """Zero the weights outside the mask, in place (as ``+0.0`` or ``-0.0``)."""
         scratch = self._scratch(scratch)
-        for start, end, bits in self._chunks():
-            weight = _flat(x)[start:end]
-            weight.mul_(select_by_bits(bits, weight.shape, 1.0, 0.0, scratch.selection))
+        for start, end, _ in self._chunks():
+            self.mask_entries_(start, end, _flat(x)[start:end], scratch)
+
+    def mask_entries_(self, start: int, end: int, values: Tensor, scratch: Scratch) -> None:
+        """:meth:`apply_mask_` on entries ``start`` to ``end``, one of the chunks of the weight."""
+        values.mul_(select_by_bits(self._bits_of(start, end), values.shape, 1.0, 0.0, scratch.selection))
 
     @torch.no_grad()
     def residual_sums(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -179,7 +187,10 @@ class ADMMState:
     def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Start, end and packed mask of each part that is worked on at once."""
         for start, end in chunks(self._shape.numel(), self._bits.device):
-            yield start, end, self._bits[start // 8 : -(-end // 8)]
+            yield start, end, self._bits_of(start, end)
+
+    def _bits_of(self, start: int, end: int) -> Tensor:
+        return self._bits[start // 8 : -(-end // 8)]
 
     def _stored(self) -> Tensor:
         scratch = self._scratch(None)

@@ -113,7 +113,8 @@ def _table(device: torch.device) -> Tensor:
 class StochasticAdam(Optimizer):
     """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in fp32 arithmetic, on moments in 8 bits.
 
-    bf16 parameters are rounded stochastically too.
+    bf16 parameters are rounded stochastically too, after whatever else changes them in a step: see
+    :class:`~elsa_modifier.admm.optimizer.RoundsOnce`.
 
     :param parameters: fp32 or bf16, contiguous
     """
@@ -127,6 +128,7 @@ class StochasticAdam(Optimizer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        self.before_rounding: Callable[[Tensor, int, int, Tensor], None] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -157,6 +159,8 @@ class StochasticAdam(Optimizer):
             denominator = second.sqrt().mul_(1 / math.sqrt(corrections[1])).add_(eps)
             values = weight if weight.dtype == torch.float32 else weight.float()
             values.addcdiv_(first, denominator, value=-lr / corrections[0])
+            if self.before_rounding is not None:
+                self.before_rounding(parameter, start, end, values)
             if values is not weight:
                 round_stochastically_(weight, values)
             state["exp_avg"].write(start, end, first)
