@@ -1,8 +1,9 @@
 """What ADMM adds to a training step, and what its state weighs, on SmolLM2-135M.
 
-Forward, backward and a fused Adam step are timed with and without the ADMM part around the same Adam, in turn, in one
-process. The projection runs every ``interval`` steps; its cost is spread over them. What ADMM takes
-does not depend on the tokens of a step, so the ratio does. Medians, in seconds.
+Forward, backward and the optimizer's step are timed alone and with ADMM around the same optimizer, in turn, in one
+process: fp32 weights with torch's fused Adam, and what the ELSA-L recipes have, bf16 weights with ``adam8bit_sr``. The
+projection runs every ``interval`` steps; its cost is spread over them. What ADMM takes does not depend on the tokens of
+a step, so the ratio does. Medians, in seconds.
 """
 
 import argparse
@@ -22,11 +23,21 @@ from benchmarks.measuring import publish
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.storage import StateDtype
+from elsa_modifier.training.base_optimizer import OptimizerName, build_base_optimizer
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
-# Tokens in each of four sequences, and what they are computed in.
-BATCHES = ((256, "bf16 autocast", torch.bfloat16), (1024, "bf16 autocast", torch.bfloat16), (256, "fp32", None))
+# Tokens in each of four sequences.
+LENGTHS = (256, 1024)
+FORMS: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
+VARIANTS: list[tuple[PenaltyForm, bool, StateDtype]] = [
+    (form, free, "fp32") for form in FORMS for free in (True, False)
+]
+VARIANTS += [("decoupled", True, dtype) for dtype in get_args(StateDtype) if dtype != "fp32"]
+CONFIGURATIONS: list[tuple[str, torch.dtype, OptimizerName]] = [
+    ("fp32 weights, torch's fused Adam", torch.float32, "adam"),
+    ("bf16 weights, adam8bit_sr (ELSA-L)", torch.bfloat16, "adam8bit_sr"),
+]
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -35,49 +46,44 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+def measure(title: str, dtype: torch.dtype, optimizer_name: OptimizerName, repeats: int) -> list[str]:
+    """A section of the page: one configuration, with every form of penalty and every format of state."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=dtype)
     parameters = [m.weight for m in pruned_linears(model) if isinstance(m.weight, nn.Parameter)]
     weights = [PrunedWeight("", p, p.numel() // 5, MaskStructure()) for p in parameters]
     pruned = sum(w.weight.numel() for w in weights)
-    base = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
+    plain, base = (
+        build_base_optimizer(optimizer_name, list(model.parameters()), lr=1e-6, betas=(0.9, 0.999)) for _ in range(2)
+    )
 
-    def forward_backward(length: int, precision: torch.dtype | None) -> None:
+    def forward_backward(length: int) -> None:
         rows = torch.randint(0, model.config.vocab_size, (4, length))
-        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+        with torch.autocast("cpu", torch.bfloat16):
             loss = next_token_loss(model, {"input_ids": rows, "labels": rows})
         model.zero_grad()
         loss.backward()
 
-    forward_backward(256, torch.bfloat16)
+    forward_backward(LENGTHS[0])
+    plain.step()
     base.step()
-    plain = {}
-    for length, name, precision in BATCHES:
-        run = functools.partial(forward_backward, length, precision)
-        plain[f"4 x {length}, {name}"] = statistics.median(_timed(run) for _ in range(arguments.repeats))
-    lines = [
-        "# Overhead of a step",
-        "",
-        f"SmolLM2-135M, {pruned:,} pruned weights, two CPU cores, medians of {arguments.repeats}. "
-        + "Forward and backward take "
-        + ", ".join(f"{seconds:.2f} s ({name})" for name, seconds in plain.items())
-        + f". The ratio is (forward, backward, Adam, ADMM) / (forward, backward, Adam) at interval {INTERVAL}.",
-        "",
-        "`python -m benchmarks.step_overhead` prints and writes this.",
-        "",
-        "| form | support | state | Adam, s | + proximal step, s | update, s | "
-        + " | ".join(f"ratio, {name}" for name in plain)
-        + " | bytes a weight |",
-        "|---" * (7 + len(plain)) + "|",
+    passes = [
+        statistics.median(_timed(functools.partial(forward_backward, length)) for _ in range(repeats))
+        for length in LENGTHS
     ]
-    forms: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
-    variants: list[tuple[PenaltyForm, bool, StateDtype]] = [(f, free, "fp32") for f in forms for free in (True, False)]
-    variants += [("decoupled", True, dtype) for dtype in get_args(StateDtype) if dtype != "fp32"]
-    for form, free, dtype in variants:
+    lines = [
+        "",
+        f"## {title[0].upper()}{title[1:]}",
+        "",
+        "Forward and backward in bf16 autocast take "
+        + " and ".join(f"{seconds:.2f} s (4 x {length})" for seconds, length in zip(passes, LENGTHS, strict=True))
+        + ".",
+        "",
+        "| form | support | state | optimizer, s | + proximal step, s | update, s | "
+        + " | ".join(f"ratio, 4 x {length}" for length in LENGTHS)
+        + " | bytes a weight |",
+        "|---" * (7 + len(LENGTHS)) + "|",
+    ]
+    for form, free, state_dtype in VARIANTS:
         optimizer = ADMMOptimizer(
             base,
             weights,
@@ -86,19 +92,37 @@ def main() -> None:
             free_support=free,
             interval=10**9,
             freeze_step=10**9,
-            state_dtype=dtype,
+            state_dtype=state_dtype,
         )
         optimizer.step()  # the update after the first step
-        adam, step, update = [], [], []
-        for _ in range(arguments.repeats):
-            adam.append(_timed(base.step))
+        alone, step, update = [], [], []
+        for _ in range(repeats):
+            alone.append(_timed(plain.step))
             step.append(_timed(optimizer.step))
             update.append(_timed(optimizer.project))
-        a, s, u = map(statistics.median, (adam, step, update))
-        ratios = [(seconds + s + u / INTERVAL) / (seconds + a) for seconds in plain.values()]
-        cells = [form, "free" if free else "held", dtype, f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
-        cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{optimizer.state_nbytes / pruned:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        a, s, u = map(statistics.median, (alone, step, update))
+        cells = [form, "free" if free else "held", state_dtype, f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
+        cells += [f"{(seconds + s + u / INTERVAL) / (seconds + a):.3f}" for seconds in passes]
+        lines.append("| " + " | ".join([*cells, f"{optimizer.state_nbytes / pruned:.3f}"]) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    lines = [
+        "# Overhead of a step",
+        "",
+        f"SmolLM2-135M, its linear layers pruned, {torch.get_num_threads()} threads, medians of {arguments.repeats}. "
+        "The ratio is (forward, backward, optimizer, ADMM) / (forward, backward, optimizer) for four sequences of 256 "
+        f"or 1,024 tokens, at interval {INTERVAL}.",
+        "",
+        "`python -m benchmarks.step_overhead` prints and writes this.",
+    ]
+    for configuration in CONFIGURATIONS:
+        lines += measure(*configuration, repeats=arguments.repeats)
     publish("step_overhead", lines)
 
 

@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer, made here: mechanics only. Real models are for the demo and the benchmarks."""
 
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,7 +68,8 @@ def checkpoint(tmp_path_factory, tokenizer):
         if (name, dtype) not in made:
             torch.manual_seed(0)
             directory = tmp_path_factory.mktemp(name)
-            AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).save_pretrained(directory)
+            # A copy: saving writes the dtype into the configuration.
+            AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             made[name, dtype] = directory
         return made[name, dtype]

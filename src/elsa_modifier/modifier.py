@@ -97,8 +97,8 @@ class ELSAModifier(Modifier):
         accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
     :param seed: of the order of the data and of dropout
     :param precision: of the forward and backward pass: ``bf16`` (autocast) or ``fp32``
-    :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding, which
-        needs an ``optimizer`` with moments in few bits
+    :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding (norms
+        and biases stay fp32), which needs an ``optimizer`` with moments in few bits
     :param state_dtype: what the ADMM state is stored in: ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or
         ``int8``
     :param dual_dtype: with ``split_dtype``, the published way to name formats, of ``u`` and of ``z``. They share one

@@ -115,8 +115,9 @@ def test_shallow_traces_tell_what_the_whole_model_takes(name, change):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_architecture_can_be_traced(name):
-    assert trace_micro_batch(CONFIGS[name], SETTINGS, torch.float32).bytes(4) > 2 * 48 * 96 * 4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_architecture_can_be_traced(name, dtype):
+    assert trace_micro_batch(CONFIGS[name], SETTINGS, dtype).bytes(4) > 2 * 48 * 96 * 4
 
 
 def test_what_each_setting_does():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.planning.tracing import LiveStorage, Phase
+from elsa_modifier.training.model_state import embed_in_fp32, trained_dtype
 from elsa_modifier.training.objective import next_token_loss
 
 __all__ = ["MicroBatchPeak", "decoder_layers", "fake_model", "trace_micro_batch"]
@@ -54,9 +55,9 @@ def fake_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         linearize_moe(model)
         for parameter in model.parameters():
-            # Some models keep parts in another dtype; training moves every parameter to the one.
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(trained_dtype(parameter, dtype))
+        embed_in_fp32(model)
         return model.train()
 
 

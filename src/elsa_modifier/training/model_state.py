@@ -1,4 +1,8 @@
-"""Making a model trainable for a while, and giving it back as it was but for its weights' values."""
+"""Making a model trainable for a while, and giving it back as it was but for its weights' values.
+
+Weights in bf16 are matrices; vectors (norms, biases) are few and stay fp32. So does the residual stream, the sum of
+what the layers add to the embeddings, as under autocast it is for fp32 weights: bf16 would round it in every layer.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +14,24 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.dev import get_main_device
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-__all__ = ["WEIGHT_DTYPES", "trainable"]
+__all__ = ["WEIGHT_DTYPES", "embed_in_fp32", "trainable", "trained_dtype"]
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def trained_dtype(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a floating-point parameter is held in when the weights are to be of ``dtype``."""
+    return dtype if parameter.ndim > 1 else torch.float32
+
+
+def embed_in_fp32(model: PreTrainedModel) -> RemovableHandle:
+    """Have the residual stream begin, and under autocast remain, in fp32 until the handle is removed."""
+    embeddings: nn.Module = model.get_input_embeddings()
+    return embeddings.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 @contextlib.contextmanager
@@ -26,12 +42,13 @@ def trainable(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
 ) -> Iterator[None]:
-    """Within the context floating-point parameters are of ``dtype``, contiguous, on ``device``, and require gradients.
+    """Within the context floating-point parameters are contiguous, on ``device``, and require gradients.
 
     llm-compressor's offloading is taken off, other modifiers' hooks do not fire, experts see only the tokens routed to
     them, and modules are in training mode. Afterwards, whether or not the body failed, all of this is as before; the
     parameters are back in their dtype and place, with new values and without gradients.
 
+    :param dtype: of the weights, see above; for bf16, run the model under autocast
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
     :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device), or the model's
         class does not know activation checkpointing
@@ -48,6 +65,7 @@ def trainable(
                 raise ValueError(f"parameter {name} has no data to train; load the model into memory, not onto disk")
         stack.callback(_restore_modes, {module: module.training for module in model.modules()})
         stack.enter_context(_training_tensors(model, device, dtype))
+        stack.callback(embed_in_fp32(model).remove)
         if activation_checkpointing:
             stack.enter_context(_activation_checkpointing(model))
         stack.enter_context(HooksMixin.disable_hooks())
@@ -81,7 +99,7 @@ def _training_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype
     buffers = [(b, b.device) for b in model.buffers()]
     try:
         for parameter, *_ in parameters:
-            parameter.data = parameter.data.to(device, dtype).contiguous()
+            parameter.data = parameter.data.to(device, trained_dtype(parameter, dtype)).contiguous()
             parameter.requires_grad_(True)
         for buffer, _ in buffers:
             buffer.data = buffer.data.to(device)
