@@ -172,7 +172,7 @@ class ADMMState:
             else:
                 stored = self._pair.read(start, end, bits, scratch)
                 gap = weight - stored * select_by_bits(bits, weight.shape, 1.0, 0.0, scratch.selection)
-            sums += torch.stack([gap.pow_(2).sum(), weight.square().sum()])
+            sums += torch.stack([torch.dot(gap, gap), torch.dot(weight, weight)])
         return sums
 
     def _point(self, x: Tensor, penalty: float, scratch: Scratch) -> Tensor:

@@ -100,7 +100,10 @@ class StoredPair:
         if self._scales:
             largest = _LARGEST[self._codes.dtype]
             for kind, scale in enumerate(self._scales):
-                of_kind = values * select_by_bits(bits, values.shape, float(kind), 1.0 - kind, scratch.selection)
+                # One kind alone has zeros for the other.
+                of_kind = values
+                if len(self._scales) > 1:
+                    of_kind = values * select_by_bits(bits, values.shape, float(kind), 1.0 - kind, scratch.selection)
                 scale[start // BLOCK : padded(end) // BLOCK] = block_maxima(of_kind) / largest
             scales = self._entry_scales(start, end, bits, scratch)
             scale_blocks_(values, torch.where(scales == 0, 1.0, scales), torch.Tensor.div_)
