@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HIGHEST", "Scan", "empty_mask", "fault_of", "histogram", "mask_from", "scan", "score_bits"]
+__all__ = ["HIGHEST", "Scan", "fault_of", "histogram", "mask_from", "scan", "score_bits"]
 
 # Bits of the largest finite float. Above it: infinity, NaN and, read as unsigned, everything with a sign.
 HIGHEST = 0x7F7FFFFF
@@ -130,20 +130,12 @@ def histogram(bits: Tensor, low: int, high: int, shift: int) -> Tensor:
     return torch.stack(_on_parts(run, bits)).sum(dim=0).cpu()
 
 
-def empty_mask(bits: Tensor) -> Tensor:
-    """An uninitialized boolean tensor as long as the scores, on their device."""
-    if _namespace(bits) is np:
-        # numpy asks for huge pages; touching 4 KiB ones for the first time takes longer than reading all the scores.
-        return torch.from_numpy(np.empty(bits.numel(), dtype=bool))
-    return torch.empty_like(bits, dtype=torch.bool)
-
-
 def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
     """Boolean mask of the scores from ``threshold`` up, but for the last ``surplus`` ones that equal it.
 
     :param bits: int32, one-dimensional
     """
-    mask = empty_mask(bits)
+    mask = torch.empty_like(bits, dtype=torch.bool)
     xp, entries, kept = _namespace(bits), _array(bits), _array(mask)
     _on_parts(lambda part: xp.greater_equal(entries[part], threshold, out=kept[part]), bits)
     for where in reversed(list(_chunks(entries, slice(0, len(entries))))):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elsa_modifier.admm.bitscan import HIGHEST, Scan, empty_mask, fault_of, histogram, mask_from, scan, score_bits
+from elsa_modifier.admm.bitscan import HIGHEST, Scan, fault_of, histogram, mask_from, scan, score_bits
 
 __all__ = ["WHOLE", "Shards", "Threshold", "find_threshold", "largest_mask"]
 
@@ -118,7 +118,7 @@ def largest_mask(scores: Tensor, keep: int, shards: Shards = WHOLE) -> Tensor:
         raise ValueError(f"cannot keep {keep} of {count} weights; allowed is 0 to {count}")
     if shards.count == 1 and bits.device.type == "cpu" and 0 < count < _PARTITIONED_BELOW:
         return _mask_by_partition(bits, keep).view_as(scores)
-    mask = empty_mask(bits)
+    mask = torch.empty_like(bits, dtype=torch.bool)
     found = find_threshold([lambda: bits], [bits.numel()], keep, [0], [count], shards, mask)
     ties = int(found.ties)
     wanted = keep - int(shards.add(found.above))
