@@ -24,19 +24,18 @@ from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, Pr
 from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.training.base_optimizer import OptimizerName, build_base_optimizer
+from elsa_modifier.training.model_state import embed_in_fp32
 from elsa_modifier.training.objective import next_token_loss
 
 INTERVAL = 32
 # Tokens in each of four sequences.
 LENGTHS = (256, 1024)
-FORMS: tuple[PenaltyForm, ...] = ("decoupled", "coupled")
-VARIANTS: list[tuple[PenaltyForm, bool, StateDtype]] = [
-    (form, free, "fp32") for form in FORMS for free in (True, False)
-]
-VARIANTS += [("decoupled", True, dtype) for dtype in get_args(StateDtype) if dtype != "fp32"]
-CONFIGURATIONS: list[tuple[str, torch.dtype, OptimizerName]] = [
-    ("fp32 weights, torch's fused Adam", torch.float32, "adam"),
-    ("bf16 weights, adam8bit_sr (ELSA-L)", torch.bfloat16, "adam8bit_sr"),
+Variant = tuple[PenaltyForm, bool, StateDtype]
+FORMATS: list[Variant] = [("decoupled", True, dtype) for dtype in get_args(StateDtype)]
+FORMS: list[Variant] = [("decoupled", False, "fp32"), ("coupled", True, "fp32"), ("coupled", False, "fp32")]
+CONFIGURATIONS: list[tuple[str, torch.dtype, OptimizerName, list[Variant]]] = [
+    ("fp32 weights, torch's fused Adam", torch.float32, "adam", FORMATS + FORMS),
+    ("bf16 weights, adam8bit_sr (ELSA-L)", torch.bfloat16, "adam8bit_sr", FORMATS),
 ]
 
 
@@ -46,9 +45,12 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(title: str, dtype: torch.dtype, optimizer_name: OptimizerName, repeats: int) -> list[str]:
-    """A section of the page: one configuration, with every form of penalty and every format of state."""
+def measure(
+    title: str, dtype: torch.dtype, optimizer_name: OptimizerName, variants: list[Variant], repeats: int
+) -> list[str]:
+    """A section of the page: one configuration, with several forms of penalty and formats of state."""
     model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=dtype)
+    embed_in_fp32(model)
     parameters = [m.weight for m in pruned_linears(model) if isinstance(m.weight, nn.Parameter)]
     weights = [PrunedWeight("", p, p.numel() // 5, MaskStructure()) for p in parameters]
     pruned = sum(w.weight.numel() for w in weights)
@@ -72,7 +74,7 @@ def measure(title: str, dtype: torch.dtype, optimizer_name: OptimizerName, repea
     ]
     lines = [
         "",
-        f"## {title[0].upper()}{title[1:]}",
+        f"## {title}",
         "",
         "Forward and backward in bf16 autocast take "
         + " and ".join(f"{seconds:.2f} s (4 x {length})" for seconds, length in zip(passes, LENGTHS, strict=True))
@@ -83,7 +85,7 @@ def measure(title: str, dtype: torch.dtype, optimizer_name: OptimizerName, repea
         + " | bytes a weight |",
         "|---" * (7 + len(LENGTHS)) + "|",
     ]
-    for form, free, state_dtype in VARIANTS:
+    for form, free, state_dtype in variants:
         optimizer = ADMMOptimizer(
             base,
             weights,
