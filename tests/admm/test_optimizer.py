@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +157,22 @@ def test_diverged_weights_are_named():
     weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"projection of weight at step 1: .*NaN"):
         run(optimizer, loss, 1)
+
+
+@pytest.mark.parametrize("adam_class", [torch.optim.Adam, StochasticAdam])
+def test_state_is_gone_with_the_optimizer(adam_class):
+    """At once: no cycle of references has to be found by the garbage collector first."""
+    weight, bias, loss = problem()
+    base = adam_class([weight, bias], lr=0.01)
+    optimizer = build(weight, base)
+    run(optimizer, loss, 2)
+    state = weakref.ref(optimizer.states[0])
+    gc.disable()
+    try:
+        del optimizer
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_state_is_one_tensor_and_one_bit():

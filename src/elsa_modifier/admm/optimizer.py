@@ -127,8 +127,7 @@ class ADMMOptimizer:
             for w, keep in zip(self.weights, keeps, strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
-        if isinstance(base, RoundsOnce):
-            base.before_rounding = self._constrain_entries
+        self._rounds_once = base if isinstance(base, RoundsOnce) else None
         if freeze_step <= 0:
             self._freeze()
 
@@ -140,7 +139,7 @@ class ADMMOptimizer:
         """
         for pruned, state in self._pairs():
             self._before_base_step(pruned.weight, state)
-        self.base.step()
+        self._base_step()
         for pruned, state in self._pairs():
             self._after_base_step(pruned.weight, state)
         self.end_step()
@@ -159,7 +158,7 @@ class ADMMOptimizer:
         for group, parameters in groups:
             group["params"] = [parameter] if any(p is parameter for p in parameters) else []
         try:
-            self.base.step()
+            self._base_step()
         finally:
             for group, parameters in groups:
                 group["params"] = parameters
@@ -184,9 +183,20 @@ class ADMMOptimizer:
                 weight.grad = torch.zeros_like(weight)
             state.add_proximal_gradient_(weight.grad, weight, self.penalty(self.step_count), self._scratch)
 
+    def _base_step(self) -> None:
+        if self._rounds_once is None:
+            self.base.step()
+            return
+        # Not set for longer: a cycle of references would keep all states in memory until the next garbage collection.
+        self._rounds_once.before_rounding = self._constrain_entries
+        try:
+            self.base.step()
+        finally:
+            self._rounds_once.before_rounding = None
+
     def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
-        if isinstance(self.base, RoundsOnce) and weight.grad is not None:
-            return  # has been done by the base step
+        if self._rounds_once is not None and weight.grad is not None:
+            return  # has been done in the base step
         penalty = self.penalty(self.step_count)
         if self.frozen:
             state.apply_mask_(weight, self._scratch)

@@ -55,7 +55,7 @@ def build_base_optimizer(
     make = getattr(optim, _TORCHAO[name])
     if name == "adam4bit":
         logger.warning(
-            "adam4bit tells second moments apart in 16 even steps, none of them 0, which has cost more than twice the "
+            "adam4bit tells second moments apart in 16 even steps, none of them 0, which has about doubled "
             "perplexity; adam8bit_sr takes one byte more a weight."
         )
     if device == "cpu":
