@@ -83,11 +83,12 @@ def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = No
         above: Any = 0
         inside, extremes, positions, found = 0, [], [], []
         # New memory for each chunk would take longer than what is done with it.
-        buffers = [xp.empty_like(entries[part][: _chunk_size(entries)], dtype=xp.bool) for _ in range(2)]
+        first = entries[part][: _chunk_size(entries)]
+        buffers = [xp.empty_like(first, dtype=xp.bool) for _ in range(2 if out is None else 1)]
         for where in _chunks(entries, part):
             chunk = entries[where]
-            over, least = (buffer[: len(chunk)] for buffer in buffers)
-            least = least if out is None else out[where]
+            over = buffers[0][: len(chunk)]
+            least = buffers[1][: len(chunk)] if out is None else out[where]
             extremes.append(_highest(chunk))
             xp.greater(chunk, high, out=over)
             above += xp.count_nonzero(over)

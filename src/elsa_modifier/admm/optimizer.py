@@ -197,22 +197,24 @@ class ADMMOptimizer:
     def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
         if self._rounds_once is not None and weight.grad is not None:
             return  # has been done in the base step
-        penalty = self.penalty(self.step_count)
         if self.frozen:
             state.apply_mask_(weight, self._scratch)
-        elif self.form == "decoupled" and penalty > 0:
+        elif (penalty := self._pull_penalty()) > 0:
             state.pull_(weight, penalty, self._scratch)
 
     def _constrain_entries(self, parameter: Tensor, start: int, end: int, values: Tensor) -> None:
         """What :meth:`_after_base_step` does, on one chunk of any of the base optimizer's parameters."""
         state = self._state_of.get(id(parameter))
-        penalty = self.penalty(self.step_count)
         if state is None:
             return
         if self.frozen:
             state.mask_entries_(start, end, values, self._scratch)
-        elif self.form == "decoupled" and penalty > 0:
+        elif (penalty := self._pull_penalty()) > 0:
             state.pull_entries_(start, end, values, penalty, self._scratch)
+
+    def _pull_penalty(self) -> float:
+        """Of the decoupled proximal step; 0 in the coupled form, which takes none."""
+        return self.penalty(self.step_count) if self.form == "decoupled" else 0.0
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""
