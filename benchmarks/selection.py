@@ -99,7 +99,7 @@ def _draw(seconds: dict[int, dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 4_500_000, 45_000_000, 100_000_000])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     seconds = {count: measure(count, arguments.rounds) for count in arguments.sizes}
     publish("selection", _page(seconds, arguments.rounds))
