@@ -3,7 +3,8 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from elsa_modifier.training.objective import count_targets, next_token_loss
 
@@ -11,7 +12,7 @@ __all__ = ["perplexity"]
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, input_ids: Tensor, *, batch_size: int = 4, autocast: bool = True) -> float:
+def perplexity(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int = 4, autocast: bool = True) -> float:
     """``exp`` of the mean next-token cross-entropy, each sequence on its own.
 
     :param input_ids: (sequences, length) token ids without padding

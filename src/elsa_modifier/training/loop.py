@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.training.data import BatchSource
@@ -59,7 +60,7 @@ class StepRecord:
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: ADMMOptimizer,
     scheduler: LRScheduler,
     batches: BatchSource,
@@ -144,7 +145,7 @@ def _count_tokens(micro_batches: list[dict[str, Tensor]]) -> int:
 
 
 def _loss(
-    model: nn.Module, batch: dict[str, Tensor], tokens: int, precision: Precision, device: torch.device
+    model: PreTrainedModel, batch: dict[str, Tensor], tokens: int, precision: Precision, device: torch.device
 ) -> Tensor:
     """Over the tokens of the whole step, so that accumulation does not change the result."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -152,7 +153,7 @@ def _loss(
 
 
 def _accumulate_gradients(
-    model: nn.Module,
+    model: PreTrainedModel,
     micro_batches: list[dict[str, Tensor]],
     tokens: int,
     precision: Precision,

@@ -1,13 +1,28 @@
-"""The true objective of the model: next-token cross-entropy over the whole network."""
+"""The true objective of the model: next-token cross-entropy over the whole network.
+
+Logits are the largest tensors of a run: with their gradient and what the loss keeps of them, 12 bytes for each token
+and word of the vocabulary. So more than fit in ``CHUNK_BYTES`` are computed in chunks of tokens.
+"""
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from loguru import logger
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
 
+from elsa_modifier.training.chunks import sum_in_chunks
 from elsa_modifier.training.data import IGNORED_LABEL
+from elsa_modifier.training.tail import run_body, tail_disagrees
 
-__all__ = ["count_targets", "next_token_loss"]
+__all__ = ["CHUNK_BYTES", "count_targets", "next_token_loss"]
+
+CHUNK_BYTES = 2**28
+"""Of a chunk's logits in fp32."""
+
+_in_chunks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def count_targets(labels: Tensor) -> int:
@@ -15,16 +30,44 @@ def count_targets(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED_LABEL).sum())
 
 
-def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def next_token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Summed next-token cross-entropy of a batch, zero-dimensional fp32, in nats.
 
     :param batch: model inputs and unshifted ``labels`` (batch, length), ``IGNORED_LABEL`` where nothing is predicted
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        batch["labels"][:, 1:].flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
+    targets = batch["labels"][:, 1:].flatten()
+    token_bytes = 4 * model.config.get_text_config().vocab_size
+    in_chunks = len(targets) * token_bytes > CHUNK_BYTES and _can_run_in_chunks(model, inputs["input_ids"])
+    split = run_body(model, inputs) if in_chunks else None
+    if split is None:
+        return _cross_entropy(model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), targets)
+    hidden, tail = split
+    rows = hidden[:, :-1].flatten(0, 1)
+    predicted = targets != IGNORED_LABEL
+    # Where tensors have no values, as in a plan, no sum is known and all rows stay.
+    if 0 < int(predicted.sum()) < len(targets):
+        rows, targets = rows[predicted], targets[predicted]
+    return sum_in_chunks(
+        lambda part, labels: _cross_entropy(tail(part), labels), rows, targets, size=max(1, CHUNK_BYTES // token_bytes)
     )
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _can_run_in_chunks(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    """Whether logits of some tokens are those of all; found out once for a model, on a few of its first tokens."""
+    if isinstance(input_ids, FakeTensor):
+        return True  # nothing to compare
+    if model not in _in_chunks:
+        reason = tail_disagrees(model, input_ids[:2, :8])
+        _in_chunks[model] = reason is None
+        if reason is not None:
+            size = 12e-9 * input_ids.numel() * model.config.get_text_config().vocab_size
+            logger.warning(
+                f"Logits of {type(model).__name__} cannot be computed in chunks of tokens: {reason}. Those of a whole "
+                f"micro-batch take some {size:.1f} GB; a smaller batch_size takes less."
+            )
+    return _in_chunks[model]
