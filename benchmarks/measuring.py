@@ -14,7 +14,7 @@ from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
 from elsa_modifier import ELSAModifier
 from elsa_modifier.evaluation import perplexity
 
-__all__ = ["BUDGET", "CALIBRATION_SAMPLES", "LENGTH", "ROOT", "Results", "publish"]
+__all__ = ["BUDGET", "CALIBRATION_SAMPLES", "LENGTH", "ROOT", "Results", "publish", "resident"]
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 512
@@ -54,6 +54,12 @@ class Results:
         """The last row of each label and sparsity."""
         rows = [json.loads(line) for line in self._file.read_text().splitlines()]
         return {(row["label"], row["sparsity"]): row for row in rows}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory: what it holds now (``VmRSS``), or has held at most (``VmHWM``)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
 
 
 def publish(name: str, lines: list[str]) -> None:

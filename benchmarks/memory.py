@@ -14,13 +14,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import publish
+from benchmarks.measuring import publish, resident
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight, sparse_mask
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.training.base_optimizer import OptimizerName, build_base_optimizer
@@ -52,11 +51,6 @@ LAYOUTS = {
     "l-e5m2": Layout("one tensor and a bit, float8_e5m2", _BF16, "adam8bit_sr", "float8_e5m2"),
     "l-release": Layout("the same in int8, gradients released", _BF16, "adam8bit_sr", "int8", release=True),
 }
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
 
 
 class _TwoTensors:
@@ -91,7 +85,7 @@ def _train(layout: Layout) -> dict[str, float]:
     if layout.optimizer == "adamfp8":
         for module in ("torchao.optim", "torch._dynamo.utils"):
             importlib.import_module(module)  # or their code would be counted
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     weights = [nn.Parameter(torch.randn(SIZE, SIZE).to(layout.weights)) for _ in range(COUNT)]
     base = build_base_optimizer(layout.optimizer, weights, lr=1e-4, betas=(0.9, 0.999))
     optimizer: ADMMOptimizer | _TwoTensors
@@ -125,7 +119,7 @@ def _train(layout: Layout) -> dict[str, float]:
         "state": optimizer.state_nbytes,
     }
     held["all"] = sum(held.values())
-    held["peak"] = _resident("VmHWM") - before
+    held["peak"] = resident("VmHWM") - before
     return {key: value / entries for key, value in held.items()}
 
 

@@ -1,4 +1,4 @@
-"""``elsa plan`` against measurement: planned bytes and the peak of a process that really trains, for three models.
+"""``elsa plan`` against measurement: planned bytes and the peak of a process that really trains.
 
 Each model is trained for a few steps, by ELSAModifier's own code, in a process of its own. What is measured is that
 process's peak resident memory in the run (``VmHWM``) less what was resident just before the model was built. glibc is
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OPTConfig, PreTrainedConfig, get_scheduler
 
-from benchmarks.measuring import publish
+from benchmarks.measuring import publish, resident
 from elsa_modifier import ELSAModifier
 from elsa_modifier.planning import MemoryPlan, Planner
 from elsa_modifier.training.data import PackedBatches
@@ -46,6 +46,8 @@ GEMMA = Gemma2Config(
     head_dim=64,
     sliding_window=128,
 )
+WIDE_LLAMA = LlamaConfig(**LLAMA.to_dict() | {"vocab_size": 128256, "hidden_size": 192})
+WIDE_GEMMA = Gemma2Config(**GEMMA.to_dict() | {"vocab_size": 256000, "num_hidden_layers": 6})
 LEAN = {
     "state_dtype": "int8",
     "gradient_release": True,
@@ -69,6 +71,11 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
         LLAMA,
         {"batch_size": 4, "sequence_length": 256, "weight_dtype": "bf16", "optimizer": "adam8bit_sr"} | LEAN,
     ),
+    "Llama, logits in chunks": (WIDE_LLAMA, {"batch_size": 4, "sequence_length": 512}),
+    "Gemma 2, logits in chunks, lean, bf16 and adam8bit_sr": (
+        WIDE_GEMMA,
+        {"batch_size": 4, "sequence_length": 512, "weight_dtype": "bf16", "optimizer": "adam8bit_sr"} | LEAN,
+    ),
 }
 
 
@@ -90,11 +97,11 @@ def measured(name: str) -> int:
     _run(
         LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2), {"sparsity": 0.5}
     )
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # VmHWM starts anew
     _run(config, fields)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
@@ -126,12 +133,6 @@ def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
             history=[],
             gradient_release=modifier.gradient_release,
         )
-
-
-def _status(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _measured_alone(name: str) -> int:

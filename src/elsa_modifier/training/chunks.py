@@ -47,7 +47,7 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=rows.device)
         of_rows = torch.empty_like(rows)
-        of_parameters: list[Tensor] = []
+        of_parameters = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         parts = zip(*(tensor.split(size) for tensor in (of_rows, rows, *aligned)), strict=True)
         for of_part, part, *others in parts:
             with torch.enable_grad():
@@ -55,27 +55,21 @@ class _ChunkedSum(torch.autograd.Function):
                 loss = loss_of(part, *others)
             of_part_found, *found = torch.autograd.grad(loss, (part, *parameters))
             of_part.copy_(of_part_found)
-            if of_parameters:
-                for gradient, more in zip(of_parameters, found, strict=True):
-                    gradient.add_(more)
-            else:
-                of_parameters = [gradient.float() for gradient in found]
+            for gradient, more in zip(of_parameters, found, strict=True):
+                gradient.add_(more)
             total += loss.detach()
         ctx.gradients = [of_rows, *of_parameters]
         ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # Taken out and scaled in place: a head's gradient is too large for a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("sum_in_chunks has been differentiated before; its gradients are no longer held")
-        scaled = []
-        for dtype in ctx.dtypes:
-            scaled.append(gradients.pop(0).mul_(scale).to(dtype))
-        return None, None, None, *scaled
+        return None, None, None, *(gradients.pop(0).mul_(scale).to(dtype) for dtype in ctx.dtypes)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -19,8 +19,9 @@ from elsa_modifier.training.tail import run_body, tail_disagrees
 
 __all__ = ["CHUNK_BYTES", "count_targets", "next_token_loss"]
 
-CHUNK_BYTES = 2**28
-"""Of a chunk's logits in fp32."""
+CHUNK_BYTES = 2**29
+"""Of a chunk's logits in fp32; the loss holds some four such tensors. With smaller chunks the head's gradient, as large
+as the head, is added up more often: what that takes does not depend on the tokens."""
 
 _in_chunks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
