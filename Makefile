@@ -59,6 +59,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.plan_accuracy
+	$(BIN)/python -m benchmarks.chunked_loss
 	$(BIN)/python -m benchmarks.reproducibility
 	$(BIN)/python -m benchmarks.checkpoint_size
 	$(BIN)/python -m benchmarks.masked_gptq_rules

@@ -47,7 +47,7 @@ GEMMA = Gemma2Config(
     sliding_window=128,
 )
 WIDE_LLAMA = LlamaConfig(**LLAMA.to_dict() | {"vocab_size": 128256, "hidden_size": 192})
-WIDE_GEMMA = Gemma2Config(**GEMMA.to_dict() | {"vocab_size": 256000, "num_hidden_layers": 6})
+WIDE_GEMMA = Gemma2Config(**GEMMA.to_dict() | {"vocab_size": 256000})
 LEAN = {
     "state_dtype": "int8",
     "gradient_release": True,

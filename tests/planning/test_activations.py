@@ -19,6 +19,7 @@ from elsa_modifier.planning.activations import (
 )
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.planning.tracing import LiveStorage, Phase
+from elsa_modifier.training import objective
 from elsa_modifier.training.objective import next_token_loss
 from tests.conftest import CONFIGS
 
@@ -75,13 +76,17 @@ def test_a_product_and_its_backward_by_hand():
     assert tracker.peak(Phase.TOP, 100) == pytest.approx(100 * 300 * 200, rel=0.05)
 
 
+@pytest.mark.parametrize("chunk", [None, 20])
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
-def test_as_much_as_real_tensors_take(name):
+def test_as_much_as_real_tensors_take(name, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(objective, "CHUNK_BYTES", chunk * 4 * 96)
     settings = dataclasses.replace(SETTINGS, precision="fp32")
     planned = trace_micro_batch(CONFIGS[name], settings, torch.float32).bytes(4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], experts_implementation="eager").train()
     ids = torch.randint(2, 96, (2, 48))
+    next_token_loss(model, {"input_ids": ids, "labels": ids})  # finds out whether the logits can be had in chunks
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         (next_token_loss(model, {"input_ids": ids, "labels": ids}) / 96).backward()
     allocated = peak = 0
@@ -118,6 +123,25 @@ def test_shallow_traces_tell_what_the_whole_model_takes(name, change):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_architecture_can_be_traced(name, dtype):
     assert trace_micro_batch(CONFIGS[name], SETTINGS, dtype).bytes(4) > 2 * 48 * 96 * 4
+
+
+def test_logits_in_chunks(monkeypatch):
+    wide = Gemma2Config(**DEEP["gemma2"].to_dict() | {"vocab_size": 100_000})
+    settings = dataclasses.replace(SETTINGS, sequence_length=256)
+
+    def peak():
+        return trace_micro_batch(wide, settings, torch.float32).bytes(4)
+
+    def refuse(*_):
+        raise AssertionError("a plan has no logits to compare")
+
+    monkeypatch.setattr(objective, "tail_disagrees", refuse)
+    tokens, words, width = 2 * 255, 100_000, 32
+    whole = peak()
+    assert whole > 12 * tokens * words
+    monkeypatch.setattr(objective, "CHUNK_BYTES", 64 * 4 * words)
+    # Logits in bf16 and fp32, their cap, its derivative, and the loss's, of a chunk; the head's gradient three times.
+    assert peak() < 24 * 64 * words + 10 * width * words + 2**22 < 0.5 * whole
 
 
 def test_what_each_setting_does():

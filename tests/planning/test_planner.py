@@ -192,3 +192,10 @@ def test_the_worked_example():
     for line in ("weights", "gradients", "optimizer", "admm_state", "activations", "gathered", "total"):
         assert f"{getattr(plan.memory, line) / 1e9:.2f}" in page, line
     assert f"{parameters:,}" in page and f"{linears:,}" in page and f"{plan.flops:.3g}" in page
+
+
+def test_a_recipe_that_fits_where_logits_come_in_chunks():
+    """Whole, the logits of a micro-batch made it 149 GB."""
+    pytest.importorskip("torchao")
+    output = run(GEMMA, "--recipe", ROOT / "recipes/elsa_l_90.yaml", "--gpus", 2, "--gpu-memory", 141, "--json")
+    assert json.loads(output.stdout)["memory"]["total"] < 120e9

@@ -1,7 +1,7 @@
 """The true objective of the model: next-token cross-entropy over the whole network.
 
-Logits are the largest tensors of a run: with their gradient and what the loss keeps of them, 12 bytes for each token
-and word of the vocabulary. So more than fit in ``CHUNK_BYTES`` are computed in chunks of tokens.
+Logits are the largest tensors of a run: with their gradient and what the loss keeps of them, 12 bytes or more for each
+token and word of the vocabulary. Where it saves memory they are computed in chunks of tokens.
 """
 
 from collections.abc import Mapping
@@ -38,8 +38,10 @@ def next_token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tens
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:].flatten()
-    token_bytes = 4 * model.config.get_text_config().vocab_size
-    in_chunks = len(targets) * token_bytes > CHUNK_BYTES and _can_run_in_chunks(model, inputs["input_ids"])
+    config = model.config.get_text_config()
+    size = max(1, CHUNK_BYTES // (4 * config.vocab_size))
+    # Beside a chunk the head's gradient waits, as large as the logits of half as many tokens as the model is wide.
+    in_chunks = len(targets) > size + config.hidden_size // 2 and _can_run_in_chunks(model, inputs["input_ids"])
     split = run_body(model, inputs) if in_chunks else None
     if split is None:
         return _cross_entropy(model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), targets)
@@ -49,9 +51,7 @@ def next_token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tens
     # Where tensors have no values, as in a plan, no sum is known and all rows stay.
     if 0 < int(predicted.sum()) < len(targets):
         rows, targets = rows[predicted], targets[predicted]
-    return sum_in_chunks(
-        lambda part, labels: _cross_entropy(tail(part), labels), rows, targets, size=max(1, CHUNK_BYTES // token_bytes)
-    )
+    return sum_in_chunks(lambda part, labels: _cross_entropy(tail(part), labels), rows, targets, size=size)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
