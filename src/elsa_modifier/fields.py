@@ -1,21 +1,23 @@
 """Fields of ELSAModifier that have fields of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
+from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.targets import Target, fractions_of
 
-__all__ = ["Budget", "Penalty"]
+__all__ = ["Budget", "Penalty", "refuse_two_state_dtypes"]
 
 
 class Penalty(BaseModel):
     """What holds the weights to their sparse copy.
 
     :param value: final penalty. Decoupled: ``rho``, the fraction of the gap closed in every step, 0 to 1.
-        Coupled: ``lam`` of the paper, any non-negative number
+        Coupled: ``lam``, any non-negative number; what the paper prints was divided by the authors' number of GPUs
     :param schedule: ``constant``, or growing to ``value`` until the mask is fixed: ``linear`` or ``cosine`` from 0,
         ``exponential`` from a thousandth of it
     :param form: ``decoupled`` takes the proximal step after the optimizer's, like decoupled weight decay;
@@ -82,3 +84,18 @@ class Budget(BaseModel):
                 f"{1 - fewest / sum(sizes):.4g}, and sparsity asks for {zeros:.4g}; widen them"
             )
         return budget
+
+
+def refuse_two_state_dtypes(fields: Any) -> None:
+    """The paper's way to name formats, one of ``u`` and one of ``z``, which one tensor cannot have.
+
+    :param fields: of a recipe, not validated yet
+    :raises ValueError: if there is ``dual_dtype`` or ``split_dtype``
+    """
+    named = [name for name in ("dual_dtype", "split_dtype") if isinstance(fields, Mapping) and name in fields]
+    if named:
+        given = ", ".join(f"{name}: {fields[name]}" for name in named)
+        raise ValueError(
+            f"{given}: one tensor holds dual and split here, in one format. Set state_dtype instead, to the more "
+            f"precise of the two; allowed are {', '.join(get_args(StateDtype))}"
+        )

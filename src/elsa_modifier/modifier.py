@@ -19,8 +19,8 @@ from elsa_modifier.admm.bitmask import unpack_bits
 from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
-from elsa_modifier.admm.storage import StateDtype, wider_dtype
-from elsa_modifier.fields import Budget, Penalty
+from elsa_modifier.admm.storage import StateDtype
+from elsa_modifier.fields import Budget, Penalty, refuse_two_state_dtypes
 from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
 from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
@@ -101,8 +101,6 @@ class ELSAModifier(Modifier):
         and biases stay fp32), which needs an ``optimizer`` with moments in few bits
     :param state_dtype: what the ADMM state is stored in: ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or
         ``int8``
-    :param dual_dtype: with ``split_dtype``, the published way to name formats, of ``u`` and of ``z``. They share one
-        tensor here, which takes the more precise of the two
     :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
         ``max_grad_norm: null`` and no gradient accumulation
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
@@ -135,8 +133,6 @@ class ELSAModifier(Modifier):
     precision: Precision = "bf16"
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     state_dtype: StateDtype = "fp32"
-    dual_dtype: StateDtype | None = None
-    split_dtype: StateDtype | None = None
     gradient_release: bool = False
     activation_checkpointing: bool = False
     checkpoint: Encoding = "dense"
@@ -144,6 +140,12 @@ class ELSAModifier(Modifier):
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
     _until_finalized: ExitStack = PrivateAttr(default_factory=ExitStack)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_state_dtype(cls, values: Any) -> Any:
+        refuse_two_state_dtypes(values)
+        return values
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -185,10 +187,6 @@ class ELSAModifier(Modifier):
 
     @model_validator(mode="after")
     def _fits_in_memory_as_asked(self) -> "ELSAModifier":
-        if (self.dual_dtype is None) != (self.split_dtype is None):
-            raise ValueError("dual_dtype and split_dtype go together; for one format of both, set state_dtype")
-        if self.dual_dtype and "state_dtype" in self.model_fields_set:
-            raise ValueError("state_dtype is set beside dual_dtype and split_dtype; leave it, or these two, out")
         if self.weight_dtype == "bf16" and self.optimizer not in LOW_BIT_OPTIMIZERS:
             raise ValueError(
                 f"weight_dtype is 'bf16' and optimizer {self.optimizer!r}, which would lose small updates to rounding; "
@@ -208,11 +206,6 @@ class ELSAModifier(Modifier):
             )
         check_optimizer(self.optimizer)
         return self
-
-    @property
-    def stored_state_dtype(self) -> StateDtype:
-        """What the ADMM state is stored in, whichever fields say so."""
-        return wider_dtype(self.dual_dtype, self.split_dtype) or self.state_dtype
 
     @property
     def history(self) -> list[StepRecord]:
@@ -369,7 +362,7 @@ class ELSAModifier(Modifier):
             projection=self.projection,
             budget=self.shared_budget.among(targets) if self.shared_budget else None,
             freeze_step=freeze_step,
-            state_dtype=self.stored_state_dtype,
+            state_dtype=self.state_dtype,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:

@@ -57,10 +57,6 @@ def test_admm_state(state_dtype, free_support, entry, scales):
     assert memory.admm_state == entry * LINEARS + scales * 4 * LINEARS // 256 + LINEARS // 8 + SCRATCH
 
 
-def test_published_names_of_the_state_formats():
-    assert planned(dual_dtype="bf16", split_dtype="float8_e4m3fn").memory == planned(state_dtype="bf16").memory
-
-
 @pytest.mark.parametrize("name,entry,block", [("adam8bit", 1, 256), ("adam4bit", 0.5, 128), ("adamfp8", 1, 256)])
 def test_moments_in_few_bits_only_where_torchao_has_them(name, entry, block):
     pytest.importorskip("torchao")

@@ -25,7 +25,6 @@ __all__ = [
     "chunks",
     "padded",
     "scale_blocks_",
-    "wider_dtype",
 ]
 
 StateDtype = Literal["fp32", "bf16", "float8_e4m3fn", "float8_e5m2", "int8"]
@@ -43,12 +42,6 @@ _DTYPES = {
     "int8": torch.int8,
 }
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
-
-
-def wider_dtype(first: StateDtype | None, second: StateDtype | None) -> StateDtype | None:
-    """The more precise of two formats; None if both are."""
-    order: list[StateDtype | None] = ["fp32", "bf16", "int8", "float8_e4m3fn", "float8_e5m2", None]
-    return min(first, second, key=order.index)
 
 
 def padded(entries: int) -> int:

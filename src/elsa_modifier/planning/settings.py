@@ -19,7 +19,6 @@ class RunSettings:
     """What memory and time depend on. Names and values are those of the recipe's fields.
 
     :param sequence_length: at most the model's positions
-    :param state_dtype: the one that ``dual_dtype`` and ``split_dtype`` come to, if they are set
     :param free_support: of the penalty; a held support has scales of its own
     """
 
@@ -48,7 +47,7 @@ class RunSettings:
             sequence_length=sequence_length,
             precision=modifier.precision,
             weight_dtype=modifier.weight_dtype,
-            state_dtype=modifier.stored_state_dtype,
+            state_dtype=modifier.state_dtype,
             optimizer=modifier.optimizer,
             free_support=modifier.penalty.free_support,
             gradient_release=modifier.gradient_release,
