@@ -41,7 +41,8 @@ def assert_penalty(path, recipe, *, printed, gpus, schedule):
     }
     words = " ".join(re.findall(r"^# (.*)$", path.read_text(), flags=re.MULTILINE))
     lam, count, value, _ = re.search(
-        r"Printed lam (\S+); the authors' code divides it by its GPUs, (\d+) .*?, so penalty.value is (\S+)\.( |$)", words
+        r"Printed lam (\S+); the authors' code divides it by its GPUs, (\d+) .*?, so penalty.value is (\S+)\.( |$)",
+        words,
     ).groups()
     assert (float(lam), int(count), float(value)) == (printed, gpus, printed / gpus)
 

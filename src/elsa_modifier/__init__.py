@@ -8,6 +8,7 @@ from llmcompressor.modifiers.factory import ModifierFactory
 
 from elsa_modifier.fields import Budget, Penalty
 from elsa_modifier.modifier import ELSAModifier
+from elsa_modifier.named_recipes import recipe, recipes
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
@@ -19,6 +20,8 @@ __all__ = [
     "Penalty",
     "SparseCheckpointError",
     "load_sparse",
+    "recipe",
+    "recipes",
     "save_sparse",
 ]
 

@@ -11,7 +11,14 @@ from elsa_sparse.compressed_tensors_bitmask import (
     without_sparsity,
 )
 
-__all__ = ["dense_config", "is_sparse", "open_checkpoint"]
+__all__ = ["HINT", "dense_config", "is_sparse", "open_checkpoint"]
+
+# A config.json may name the file of its weights. transformers refuses what is no such name, and prints it: so a process
+# without this package is told what it lacks.
+HINT = {
+    "transformers_weights": "none, this directory is a sparse checkpoint. Install elsa-modifier and `import "
+    "elsa_modifier` before from_pretrained, or write plain safetensors with `elsa unpack`"
+}
 
 
 def is_sparse(config: Mapping[str, Any]) -> bool:
@@ -21,7 +28,7 @@ def is_sparse(config: Mapping[str, Any]) -> bool:
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of the same model stored dense."""
-    return {key: value for key, value in without_sparsity(config).items() if key != CONFIG_KEY}
+    return {key: value for key, value in without_sparsity(config).items() if key not in (CONFIG_KEY, *HINT)}
 
 
 def open_checkpoint(directory: str | Path) -> SparseCheckpoint:

@@ -26,7 +26,7 @@ from elsa_sparse.checkpoint import (
 from elsa_sparse.entry import ENCODINGS, Encoding, TensorEntry, encode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.model_card import CARD_FILE, model_card
-from elsa_sparse.opening import dense_config, is_sparse, open_checkpoint
+from elsa_sparse.opening import HINT, dense_config, is_sparse, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -248,7 +248,7 @@ def _write_sparse_config(file: Path, config: dict[str, Any], entries: list[Tenso
     lines = [f"      {json.dumps(entry.name)}: {json.dumps(entry.to_json())}" for entry in entries]
     table = "{\n" + ",\n".join(lines) + "\n    }"
     placeholder = "table of tensors"
-    config = config | {CONFIG_KEY: {"version": FORMAT_VERSION, "tensors": placeholder}}
+    config = config | HINT | {CONFIG_KEY: {"version": FORMAT_VERSION, "tensors": placeholder}}
     text = json.dumps(config, indent=2, ensure_ascii=False)
     before, _, after = text.rpartition(json.dumps(placeholder))
     file.write_text(f"{before}{table}{after}\n", encoding="utf-8")

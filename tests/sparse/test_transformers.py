@@ -7,12 +7,14 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import elsa_modifier
 from elsa_modifier import ELSAModifier, load_sparse, save_sparse
 from elsa_sparse import SparseCheckpointError, open_checkpoint
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY
+from elsa_sparse.opening import HINT
+from elsa_sparse.writing import unpack
 from tests.conftest import CONFIGS
 from tests.sparse.strategies import same_bits
 from tests.sparse.test_writing import OLD_FORMAT
@@ -106,10 +108,22 @@ def _dense_copy(directory):
 
 
 def test_transformers_alone_refuses(sparse):
-    """Without this package the directory is no model, rather than one with random weights."""
+    """Without this package the directory is no model, rather than one with random weights, and says what is missing."""
     script = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(sparse())!r})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 1 and "no file named model.safetensors" in run.stderr
+    assert run.returncode == 1 and "Install elsa-modifier and `import elsa_modifier` before" in run.stderr
+
+
+def test_the_hint_for_transformers_alone_is_not_of_the_model(sparse, tmp_path):
+    directory = sparse()
+    (key,) = HINT
+    assert key in json.loads((directory / CONFIG_FILE).read_text())
+    unpack(directory, tmp_path / "dense", progress=False)
+    assert key not in json.loads((tmp_path / "dense" / CONFIG_FILE).read_text())
+    model = AutoModelForCausalLM.from_pretrained(directory, config=AutoConfig.from_pretrained(directory))
+    assert not hasattr(model.config, key)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
 
 
 def test_the_format_needs_nothing_that_prunes():

@@ -13,10 +13,11 @@ from elsa_modifier.planning.settings import modifier_of_recipe
 __all__ = ["run"]
 
 
-def run(model: str, recipe: Path, *, gpus: int, gpu_memory: float, tflops: float, json_output: bool) -> bool:
+def run(model: str, recipe: str | Path, *, gpus: int, gpu_memory: float, tflops: float, json_output: bool) -> bool:
     """Print the plan of a run; True if it fits.
 
     :param model: directory with a ``config.json``, or a name on the hub
+    :param recipe: a file, or the name of a recipe that comes with the package
     :param gpu_memory: of each GPU, 10^9 bytes
     :param tflops: what each GPU sustains, 10^12 operations a second
     :raises ValueError: if model or recipe cannot be used, or not together; the message says what to do
@@ -39,5 +40,5 @@ def run(model: str, recipe: Path, *, gpus: int, gpu_memory: float, tflops: float
     if json_output:
         print(json.dumps(as_json(plan, remedy), indent=1))
     else:
-        print_plan(plan, remedy, title=f"{model}, {recipe.name}")
+        print_plan(plan, remedy, title=f"{model}, {Path(recipe).name}")
     return plan.fits

@@ -9,6 +9,7 @@ from llmcompressor.recipe import Recipe
 
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.modifier import ELSAModifier
+from elsa_modifier.named_recipes import find_recipe
 from elsa_modifier.training.model_state import WEIGHT_DTYPES
 
 __all__ = ["RunSettings", "modifier_of_recipe"]
@@ -70,16 +71,18 @@ class RunSettings:
         return torch.bfloat16 if self.precision == "bf16" else self.weights
 
 
-def modifier_of_recipe(recipe: Path) -> ELSAModifier:
-    """The ELSAModifier of a recipe file.
+def modifier_of_recipe(recipe: str | Path) -> ELSAModifier:
+    """The ELSAModifier of a recipe.
 
-    :raises ValueError: if the file is no recipe, names an unknown field or value, or has no ELSAModifier
+    :param recipe: a file, or the name of a recipe that comes with the package, such as ``elsa_90``
+    :raises ValueError: if there is no such recipe, or it names an unknown field or value, or has no ELSAModifier
     """
+    path = find_recipe(recipe)
     try:
-        modifiers = Recipe.create_instance(str(recipe)).modifiers
+        modifiers = Recipe.create_instance(str(path)).modifiers
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
         raise ValueError(f"{recipe} is not a recipe that can be used: {error}") from error
     for modifier in modifiers:
         if isinstance(modifier, ELSAModifier):
             return modifier
-    raise ValueError(f"{recipe} has no ELSAModifier; add one, as recipes/elsa_90.yaml has it")
+    raise ValueError(f"{recipe} has no ELSAModifier; add one, as the recipe elsa_90 has it")
