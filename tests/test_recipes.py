@@ -1,6 +1,8 @@
 """Every recipe in the repository parses, and the published ones run what the authors ran."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,16 @@ def modifier(path):
     (modifier,) = Recipe.create_instance(str(path)).modifiers
     assert isinstance(modifier, elsa_modifier.ELSAModifier)
     return modifier
+
+
+def test_every_recipe_quotes_what_llmcompressor_says_without_the_import():
+    script = f"from llmcompressor.recipe import Recipe; Recipe.create_instance({str(RECIPES / 'elsa_90.yaml')!r})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    message = run.stderr.strip().splitlines()[-1].removeprefix("ValueError: ")
+    assert message == "No modifier of type 'ELSAModifier' found."
+    hint = f'# `import elsa_modifier` comes before `oneshot`; without it: "{message}"\n'
+    for path in RECIPES.rglob("*.yaml"):
+        assert hint in path.read_text(), path
 
 
 @pytest.mark.parametrize("percent", [50, 60, 70, 80, 90, 95])

@@ -12,12 +12,11 @@ __all__ = ["perplexity"]
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int = 4, autocast: bool = True) -> float:
-    """``exp`` of the mean next-token cross-entropy, each sequence on its own.
+def perplexity(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int = 4) -> float:
+    """``exp`` of the mean next-token cross-entropy, each sequence on its own, in bf16 autocast.
 
     :param input_ids: (sequences, length) token ids without padding
     :param batch_size: sequences a forward pass
-    :param autocast: run the forward pass in bf16 autocast
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -25,7 +24,7 @@ def perplexity(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int = 4
     total, count = 0.0, 0
     try:
         for rows in input_ids.long().to(device).split(batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16):
                 total += float(next_token_loss(model, {"input_ids": rows, "labels": rows}))
             count += count_targets(rows)
     finally:
