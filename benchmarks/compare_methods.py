@@ -17,7 +17,7 @@ from elsa_modifier import ELSAModifier
 
 
 def _published(sparsity: float) -> dict[str, Any]:
-    """Learning rate, penalty and all else of the paper's OPT-125M, the published model of this size."""
+    """All that the recipe of the paper's OPT-125M says, the published model of this size. One GPU: lam as printed."""
     path = ROOT / "recipes" / "paper" / "opt-125m" / f"elsa_{round(sparsity * 100)}.yaml"
     fields: dict[str, Any] = yaml.safe_load(path.read_text())["prune_stage"]["prune_modifiers"]["ELSAModifier"]
     return fields
