@@ -3,7 +3,7 @@ import bisect
 import pytest
 import torch
 
-from elsa_modifier.training.stochastic_adam import FirstMoment, SecondMoment, StochasticAdam
+from elsa_modifier.training.stochastic_adam import FirstMoment, SecondMoment, StochasticAdam, moment_block
 from tests.reference.admm import stored
 from tests.reference.moments import adam, second_moment_values
 
@@ -12,7 +12,7 @@ VALUES = second_moment_values()
 
 def _stored(moment_class, values):
     moment = moment_class(values)
-    moment.write(0, values.numel(), values.clone())
+    moment.write(0, values.numel(), values.clone().view(-1))
     return moment.dequantize()
 
 
@@ -43,14 +43,69 @@ def test_the_expectation_is_the_value(value):
     assert abs(float(found.mean()) - float(torch.tensor(value))) < 0.003 * unit
 
 
-def test_what_is_too_small_is_zero_and_nothing_is_worse():
+def test_only_zero_is_zero():
+    """Not even what vanishes when it is divided by its block's largest."""
     values = torch.zeros(600)
     assert torch.equal(_stored(SecondMoment, values), values)
     assert torch.equal(_stored(FirstMoment, values), values)
-    values[0], values[1], values[300] = 1.0, 1e-12, 1e-42
+    values[0], values[1], values[2], values[300] = 1e20, 1e8, 1e-38, 1e-42
     found = _stored(SecondMoment, values)
-    assert found[0] == 1.0 and found[1] == 0.0 and bool(found.isfinite().all())
+    assert torch.equal(found > 0, values > 0)
+    assert found[1] == found[2] == 1e20 * torch.tensor(VALUES[1])
     assert bool(_stored(FirstMoment, -values).isfinite().all())
+
+
+def _largest_step(gradients):
+    """In multiples of the learning rate, of any weight in any step."""
+    weight = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    optimizer = StochasticAdam([weight], lr=1.0)
+    largest = 0.0
+    for gradient in gradients:
+        weight.data.zero_()
+        weight.grad = gradient
+        optimizer.step()
+        largest = max(largest, float(weight.detach().abs().max()))
+    return largest
+
+
+@pytest.mark.parametrize("width", [576, 256, 40])  # blocks of 64, of a row, and across rows
+@pytest.mark.parametrize("orders", [0, 12, 24, 40])
+def test_no_step_is_larger_than_adams_bound(width, orders):
+    """Rows of an embedding whose gradients lie orders of magnitude apart, some of them zero most of the time."""
+    torch.manual_seed(0)
+    rows = torch.exp2(-orders * torch.rand(48, 1))
+    rows[::5] = 1.0
+    seen = torch.rand(60, 48, 1) < torch.where(torch.arange(48)[:, None] % 3 == 0, 0.1, 1.0)
+    bound = 0.1 / 0.001**0.5 / (1 - 0.9**2 / 0.999) ** 0.5
+    gradients = [1e3 * rows * now * torch.randn(48, width) for now in seen]
+    assert 0.5 < _largest_step(gradients) < bound
+
+
+def test_a_first_moment_that_fails_to_decay_is_outweighed():
+    """It is rounded to the nearest of steps that its decay is less than half of; the second moment goes on decaying."""
+    gradients = [torch.zeros(1, 64) for _ in range(400)]
+    for gradient in gradients:
+        gradient[0, 0] = 1.0
+    gradients[0][0, 1:] = torch.logspace(-7, 0, 63)
+    weight = torch.nn.Parameter(torch.zeros(1, 64))
+    optimizer = StochasticAdam([weight], lr=1.0)
+    for gradient in gradients:
+        weight.data.zero_()
+        weight.grad = gradient
+        optimizer.step()
+    assert bool(optimizer.state[weight]["exp_avg"].dequantize()[0, 1:].any())
+    assert float(weight.detach()[0, 1:].abs().max()) < 1.5
+
+
+def test_rows_share_no_scale():
+    """One of an embedding's rows is not rounded by what another, of a frequent token, needs."""
+    values = torch.full((4, 576), 2.0**-40)
+    values[1] = 1.0
+    assert torch.equal(_stored(SecondMoment, values.clone()), values)
+    assert torch.equal(_stored(FirstMoment, values.clone()), values)
+    assert [moment_block(shape) for shape in [(9, 4096), (9, 576), (9, 96), (9, 48), (9, 77), (4096,), (2, 9, 64)]] == [
+        256, 64, 32, 256, 256, 256, 64,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("entries", [1, 255, 256, 257, 70_000, 600_001])
@@ -109,7 +164,7 @@ def test_a_second_moment_follows_changes_too_small_for_its_format(scale):
 
 
 def test_bytes():
-    weight = torch.nn.Parameter(torch.randn(512, 64, dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.randn(64, 512, dtype=torch.bfloat16))
     weight.grad = torch.randn_like(weight)
     optimizer = StochasticAdam([weight], lr=1e-3)
     optimizer.step()

@@ -44,9 +44,9 @@ _DTYPES = {
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 
 
-def padded(entries: int) -> int:
+def padded(entries: int, block: int = BLOCK) -> int:
     """``entries``, rounded up to whole blocks."""
-    return -(-entries // BLOCK) * BLOCK
+    return -(-entries // block) * block
 
 
 @functools.cache
@@ -141,16 +141,18 @@ def as_float(codes: Tensor, out: Tensor) -> Tensor:
     return out.copy_(bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16)).mul_(256.0)
 
 
-def scale_blocks_(values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """``scale_`` (entries,) values in place by (blocks, 1 or BLOCK) scales; the last block may be short."""
-    whole = values.numel() // BLOCK
-    scale_(values[: whole * BLOCK].view(-1, BLOCK), scales[:whole])
-    rest = values[whole * BLOCK :]
+def scale_blocks_(
+    values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor], block: int = BLOCK
+) -> None:
+    """``scale_`` (entries,) values in place by (blocks, 1 or ``block``) scales; the last block may be short."""
+    whole = values.numel() // block
+    scale_(values[: whole * block].view(-1, block), scales[:whole])
+    rest = values[whole * block :]
     if rest.numel():
-        scale_(rest, scales[whole].expand(BLOCK)[: rest.numel()])
+        scale_(rest, scales[whole].expand(block)[: rest.numel()])
 
 
-def block_maxima(values: Tensor) -> Tensor:
+def block_maxima(values: Tensor, block: int = BLOCK) -> Tensor:
     """``max|t|`` of every block of a flat tensor, (blocks,); the last block may be short."""
-    padding = -values.numel() % BLOCK
-    return torch.nn.functional.pad(values.abs(), (0, padding)).view(-1, BLOCK).amax(dim=1)
+    padding = -values.numel() % block
+    return torch.nn.functional.pad(values.abs(), (0, padding)).view(-1, block).amax(dim=1)

@@ -1,16 +1,19 @@
 """Bytes of what a run holds all the time, from the shapes of the weights."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
 from elsa_modifier.planning.settings import RunSettings
+from elsa_modifier.training.stochastic_adam import moment_block
 
 __all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
 
-# Bytes an entry and entries an fp32 scale of moments in few bits. torchao leaves small and odd tensors as they are.
+# Bytes an entry and entries an fp32 scale of moments in few bits; of ours, at most: moment_block says how many.
+# torchao leaves small and odd tensors as they are.
 _MOMENT_FORMATS = {"adam8bit_sr": (1.0, BLOCK), "adam8bit": (1.0, 256), "adam4bit": (0.5, 128), "adamfp8": (1.0, 256)}
 _SMALLEST_QUANTIZED = 4096
 
@@ -19,13 +22,13 @@ _SMALLEST_QUANTIZED = 4096
 class ModelShape:
     """Sizes of a model, in entries.
 
-    :param parameters: of every parameter; tied ones once
+    :param parameters: the shape of every parameter; tied ones once
     :param pruned: of every pruned weight
     :param largest_layer: of the largest decoder layer, all its parameters together
     :param outside_layers: of all parameters in no decoder layer, together
     """
 
-    parameters: tuple[int, ...]
+    parameters: tuple[tuple[int, ...], ...]
     pruned: tuple[int, ...]
     largest_layer: int
     outside_layers: int
@@ -33,7 +36,7 @@ class ModelShape:
     @property
     def total(self) -> int:
         """Entries of all parameters."""
-        return sum(self.parameters)
+        return sum(map(math.prod, self.parameters))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class MemoryPlan:
 def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -> MemoryPlan:
     """What a run holds from step to step, on one device of this kind; no activations."""
     itemsize = settings.weights.itemsize
-    alive = max(shape.parameters) if settings.gradient_release else shape.total
+    alive = max(map(math.prod, shape.parameters)) if settings.gradient_release else shape.total
     return MemoryPlan(
         weights=shape.total * itemsize,
         gradients=alive * itemsize,
@@ -83,15 +86,19 @@ def projection_temporaries(shape: ModelShape, settings: RunSettings) -> int:
     return 4 * (2 + (settings.optimizer in _MOMENT_FORMATS)) * max(shape.pruned)
 
 
-def _moment_bytes(parameters: Iterable[int], optimizer: str, itemsize: int) -> int:
+def _moment_bytes(parameters: Sequence[tuple[int, ...]], optimizer: str, itemsize: int) -> int:
+    counts = [math.prod(shape) for shape in parameters]
     if optimizer not in _MOMENT_FORMATS:
-        return sum(2 * 4 * count for count in parameters)
+        return 2 * 4 * sum(counts)
     entry, block = _MOMENT_FORMATS[optimizer]
+    if optimizer == "adam8bit_sr":
+        scales = sum(-(-count // moment_block(shape)) for count, shape in zip(counts, parameters, strict=True))
+        return 2 * (sum(counts) + 4 * scales)
     return sum(
-        round(2 * (entry * count + 4 * -(-count // block)))
-        if optimizer == "adam8bit_sr" or (count >= _SMALLEST_QUANTIZED and count % block == 0)
+        round(2 * (entry * count + 4 * (count // block)))
+        if count >= _SMALLEST_QUANTIZED and count % block == 0
         else 2 * itemsize * count
-        for count in parameters
+        for count in counts
     )
 
 

@@ -97,12 +97,12 @@ class Planner:
 
     def _shape(self, modifier: ELSAModifier) -> ModelShape:
         layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(self._model)]
-        parameters = tuple(p.numel() for p in self._model.parameters())
+        parameters = list(self._model.parameters())
         return ModelShape(
-            parameters=parameters,
+            parameters=tuple(tuple(p.shape) for p in parameters),
             pruned=tuple(target.weight.numel() for target in modifier._find_targets(self._model)),
             largest_layer=max(layers, default=0),
-            outside_layers=sum(parameters) - sum(layers),
+            outside_layers=sum(p.numel() for p in parameters) - sum(layers),
         )
 
     def _memory(self, shape: ModelShape, settings: RunSettings) -> MemoryPlan:
