@@ -8,12 +8,13 @@ reach over 18. What it costs: docs/results/state_formats.md.
 
 The first moment, which moves by 10% in a step, is ``float8_e4m3fn``, rounded to the nearest.
 
-A step is the first moment over the root of the second, and Cauchy-Schwarz bounds it where both are exact: by 7.3 times
-``lr`` at the usual decay rates, by 3.2 for a lone gradient. A second moment of 0 beside a first one that is not would
-take the bound away. So what is positive is never stored as 0, but as ``2^-32`` of its block's largest at least. Its root
-is ``1.5e-5``, about the most that a first moment can be and fail to decay, being rounded to the nearest again and again:
-4 steps of its smallest, ``1.7e-5`` of its block's largest. And blocks do not run across rows, where the width allows: in
-an embedding the tokens of neighbouring rows have nothing in common, one seen in every batch, the other never.
+A step is the first moment over the root of the second, and Cauchy-Schwarz bounds it where both are exact: by 7.3
+times ``lr`` at the usual decay rates, by 3.2 for a lone gradient. A second moment of 0 beside a first one that is not
+would take the bound away. So what is positive is never stored as 0, but as ``2^-32`` of its block's largest at least.
+Its root is ``1.5e-5``, about the most that a first moment can be and fail to decay, being rounded to the nearest again
+and again: 4 steps of its smallest, ``1.7e-5`` of its block's largest. And blocks do not run across rows, where the
+width allows: in an embedding the tokens of neighbouring rows have nothing in common, one seen in every batch, the other
+never.
 """
 
 import functools
