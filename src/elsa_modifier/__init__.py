@@ -1,7 +1,7 @@
 """ELSA for llm-compressor: prune language models to 50-95% sparsity on their true loss.
 
-Importing this package makes ``ELSAModifier`` a name that recipes can use, and sparse checkpoints something that
-transformers' ``from_pretrained`` takes.
+Importing this package makes ``ELSAModifier`` a name that recipes can use, sparse checkpoints something that
+transformers' ``from_pretrained`` takes, and conversations a dataset that ``oneshot`` takes.
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory
@@ -10,6 +10,7 @@ from elsa_modifier.fields import Budget, Penalty
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import recipe, recipes
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
+from elsa_modifier.training.conversations import teach_chat_templates
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
 
@@ -31,3 +32,4 @@ __version__ = "0.1.0"
 for _modifier in (ELSAModifier, MaskedGPTQModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
 teach_from_pretrained()
+teach_chat_templates()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 from llmcompressor.datasets.utils import DataCollatorWithTruncation
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from elsa_modifier.training.data import (
@@ -60,9 +61,51 @@ def test_no_more_is_read_than_the_run_can_use():
     assert 100 <= ids.numel() < 50 * 512
 
 
-def test_too_little_text_makes_one_shorter_sequence():
-    ids, _ = pack(dataset([1, 2, 3]), length=16)
-    assert ids.tolist() == [[1, 2, 3, 0]]
+def test_less_than_a_sequence_is_refused():
+    with pytest.raises(ValueError, match=r"holds 4 tokens, and a sequence takes 16.*sequence_length to 4 or less"):
+        pack(dataset([1, 2, 3]), length=16)
+    assert pack(dataset([1, 2, 3]), length=4)[0].tolist() == [[1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("column", ["labels", "attention_mask"])
+@pytest.mark.parametrize("entries", [2, 4])
+def test_a_row_with_more_or_fewer_labels_than_tokens_is_refused(column, entries):
+    rows = [[1] * 3, [1] * 3, [1] * entries, [1] * 3]
+    with pytest.raises(ValueError, match=rf"row 2 of the dataset .* has 3 input_ids and {entries} entries in {column}"):
+        pack(dataset(*[[7, 8, 9]] * 4, **{column: rows}))
+
+
+@pytest.mark.parametrize("column", ["labels", "attention_mask"])
+def test_a_batch_with_more_or_fewer_labels_than_tokens_is_refused(column):
+    right = {"input_ids": torch.ones(3, dtype=torch.int64), column: torch.ones(3, dtype=torch.int64)}
+    wrong = right | {column: torch.ones(2, dtype=torch.int64)}
+    source = LoaderBatches(DataLoader([right, wrong]), accumulation=1)
+    source.micro_batches(0)
+    with pytest.raises(ValueError, match=rf"batch 1 of the DataLoader .*'input_ids': \(1, 3\), '{column}': \(1, 2\)"):
+        source.micro_batches(1)
+
+
+def test_batches_without_a_dimension_of_sequences_are_refused():
+    source = LoaderBatches(DataLoader([{"input_ids": torch.ones(3)}], batch_size=None), accumulation=1)
+    with pytest.raises(ValueError, match=r"allowed is \(sequences, tokens\)"):
+        source.micro_batches(0)
+
+
+@pytest.mark.parametrize("packable", [True, False])
+@pytest.mark.parametrize("steps,level", [(10, "INFO"), (11, "WARNING")])
+def test_how_often_the_text_is_gone_over_is_said(packable, steps, level):
+    """Five sequences, two a step."""
+    told = []
+    handler = logger.add(lambda message: told.append(message.record), level="INFO")
+    data = dataset(*[[1, 2, 3, 4]] * 5)
+    loader = DataLoader(data, batch_size=2, collate_fn=DataCollatorWithTruncation() if packable else None)
+    if not packable:  # three batches, of which the last is short
+        steps = steps * 3 * 2 // 5
+    batches_from_calibration(loader, steps=steps, batch_size=2, accumulation=1, length=4, separator=None, seed=0)
+    logger.remove(handler)
+    (record,) = [record for record in told if "goes over this text" in record["message"]]
+    assert record["level"].name == level
+    assert f"{4.0 if level == 'INFO' else 4.4 if packable else 4.3} times" in record["message"]
 
 
 def test_document_order_is_drawn_from_the_seed():

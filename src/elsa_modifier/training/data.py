@@ -1,6 +1,7 @@
 """From llm-compressor's calibration DataLoader to training batches of full sequences."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,10 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
+# Columns that have one entry for each token.
+_ALIGNED = ("input_ids", "attention_mask", "labels")
+# Up to here another pass over the same text is worth nearly as much as new text (arXiv 2305.16264).
+_EPOCHS_AS_GOOD_AS_NEW = 4.0
 
 
 class BatchSource(Protocol):
@@ -77,24 +82,30 @@ class LoaderBatches:
         self._batches = self._cycle(loader)
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        return [self._with_labels(next(self._batches)) for _ in range(self.accumulation)]
+        return [self._with_labels(*next(self._batches)) for _ in range(self.accumulation)]
 
     @staticmethod
-    def _cycle(loader: DataLoader[Any]) -> Iterator[Mapping[str, Any]]:
+    def _cycle(loader: DataLoader[Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         while True:
             empty = True
-            for batch in loader:
+            for index, batch in enumerate(loader):
                 empty = False
-                yield batch
+                yield index, batch
             if empty:
                 raise ValueError("the dataset's DataLoader yields no batch; ELSA needs training text")
 
     @staticmethod
-    def _with_labels(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _with_labels(index: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             kind = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"a batch of the DataLoader is {kind}; ELSA needs a mapping with 'input_ids'")
         tensors = {key: torch.as_tensor(value) for key, value in batch.items()}
+        shapes = {key: tuple(tensors[key].shape) for key in _ALIGNED if key in tensors}
+        if len(shapes["input_ids"]) != 2 or len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"batch {index} of the DataLoader (from 0) has shapes {shapes}; allowed is (sequences, tokens), the "
+                "same for all of these: one label and one mask entry for each token, none shifted"
+            )
         labels = tensors.get("labels", tensors["input_ids"]).long()
         if "attention_mask" in tensors:
             labels = labels.masked_fill(tensors["attention_mask"] == 0, IGNORED_LABEL)
@@ -112,17 +123,18 @@ def pack_documents(
     :param dataset: rows with ``input_ids`` and optionally ``attention_mask`` and ``labels``
     :param max_tokens: how many tokens the run can use; no more documents are read
     :param separator: token put between documents that do not end with it; None puts none
-    :returns: ids and labels, int32, (sequences, length); one shorter sequence if there is less text than ``length``
-    :raises ValueError: if the dataset holds fewer than two tokens
+    :returns: ids and labels, int32, (sequences, length)
+    :raises ValueError: if there is less text than one sequence, or a row has not one label and mask entry a token
     """
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     total = 0
-    columns = [c for c in ("input_ids", "attention_mask", "labels") if c in dataset.column_names]
+    columns = [c for c in _ALIGNED if c in dataset.column_names]
     order = np.random.default_rng(seed).permutation(len(dataset))
+    indices = iter(order.tolist())
     for rows in dataset.select_columns(columns).select(order).with_format(None).iter(256):
         for i in range(len(rows["input_ids"])):
-            row_ids, row_labels = _document({c: rows[c][i] for c in columns})
+            row_ids, row_labels = _document(next(indices), {c: rows[c][i] for c in columns})
             if len(row_ids) == 0:
                 continue
             if separator is not None and len(row_ids) != length and row_ids[-1] != separator:
@@ -132,21 +144,27 @@ def pack_documents(
             total += len(row_ids)
         if total >= max_tokens + length:
             break
-    if total < 2:
-        raise ValueError(f"the dataset holds {total} tokens; ELSA needs text to train on")
-    width = min(length, total)
-    if width < length:
-        logger.warning(f"The dataset holds only {total} tokens: training on one sequence of that length, not {length}.")
-    return _windows(ids, width), _windows(labels, width)
+    if total < length:
+        lower = f", or set sequence_length to {total} or less" if total > 1 else ""
+        raise ValueError(
+            f"the dataset holds {total} tokens, and a sequence takes {length}: not enough to train on. Pass more "
+            f"text{lower}"
+        )
+    return _windows(ids, length), _windows(labels, length)
 
 
-def _document(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(row["input_ids"], dtype=np.int32).reshape(-1)
-    labels = np.asarray(row.get("labels", ids), dtype=np.int32).reshape(-1)
-    if "attention_mask" in row:
-        real = np.asarray(row["attention_mask"]).reshape(-1) != 0
-        return ids[real], labels[real]
-    return ids, labels
+def _document(index: int, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    ids, mask, labels = (
+        np.asarray(row["input_ids"] if row.get(column) is None else row[column]).reshape(-1) for column in _ALIGNED
+    )
+    for column, entries in (("attention_mask", mask), ("labels", labels)):
+        if len(entries) != len(ids):
+            raise ValueError(
+                f"row {index} of the dataset (from 0) has {len(ids)} input_ids and {len(entries)} entries in {column}; "
+                "allowed is one for each token, none shifted"
+            )
+    real = np.full(len(ids), True) if row.get("attention_mask") is None else mask != 0
+    return ids[real].astype(np.int32), labels[real].astype(np.int32)
 
 
 def _windows(parts: list[np.ndarray], width: int) -> Tensor:
@@ -174,8 +192,22 @@ def batches_from_calibration(
     """
     packable = isinstance(loader.dataset, Dataset) and "input_ids" in loader.dataset.column_names
     if not packable or not isinstance(loader.collate_fn, DataCollatorWithTruncation | DataCollatorWithPadding):
+        with suppress(TypeError):  # not every loader has a length
+            _tell_epochs(steps * accumulation / max(1, len(loader)))
         return LoaderBatches(loader, accumulation=accumulation)
     max_tokens = steps * batch_size * accumulation * length
     ids, labels = pack_documents(loader.dataset, length=length, max_tokens=max_tokens, separator=separator, seed=seed)
     logger.info(f"Training text: {ids.numel():,} tokens in {len(ids):,} sequences of {ids.shape[1]}.")
+    _tell_epochs(steps * batch_size * accumulation / len(ids))
     return PackedBatches(ids, labels, batch_size=batch_size, accumulation=accumulation, seed=seed)
+
+
+def _tell_epochs(epochs: float) -> None:
+    message = f"The run goes over this text {epochs:.1f} times."
+    if epochs > _EPOCHS_AS_GOOD_AS_NEW:
+        logger.warning(
+            f"{message} Beyond {_EPOCHS_AS_GOOD_AS_NEW:.0f} times the same text is worth much less than new text: "
+            "pass more, or lower steps, batch_size or gradient_accumulation_steps."
+        )
+    else:
+        logger.info(message)
