@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from llmcompressor.utils.dev import get_main_device
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OPTConfig, PreTrainedConfig, get_scheduler
 
 from benchmarks.measuring import publish, resident
@@ -107,7 +107,7 @@ def measured(name: str) -> int:
 def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
     modifier = modifier_of({"batch_size": 1, "sequence_length": 64} | fields)
-    accelerator = Accelerator()
+    device = get_main_device()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     ids = torch.randint(0, config.vocab_size, (8, modifier.sequence_length), dtype=torch.int32)
     batches = PackedBatches(
@@ -115,7 +115,7 @@ def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
     )
     with trainable(
         model,
-        accelerator.device,
+        device,
         dtype=torch.bfloat16 if modifier.weight_dtype == "bf16" else torch.float32,
         activation_checkpointing=modifier.activation_checkpointing,
     ):
@@ -129,7 +129,7 @@ def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
             steps=STEPS,
             max_grad_norm=modifier.max_grad_norm,
             precision=modifier.precision,
-            accelerator=accelerator,
+            device=device,
             history=[],
             gradient_release=modifier.gradient_release,
         )

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
@@ -21,6 +21,7 @@ from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.fields import Budget, Penalty, refuse_two_state_dtypes
+from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
 from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
 from elsa_modifier.quantization.modifier import mask_aware
 from elsa_modifier.saving import extend_save_pretrained
@@ -50,7 +51,7 @@ class ELSAModifier(Modifier):
 
     Solves ``min f(x)`` subject to ``x`` sparse over the whole model: training with a penalty that pulls the weights
     towards a sparse copy of themselves, whose support is chosen anew from time to time, and that is at last fixed.
-    Embeddings, norms and ``lm_head`` are trained along and stay dense.
+    Embeddings, norms and ``lm_head`` are trained along, unless they are frozen (``requires_grad`` False), and stay dense.
 
     Sample yaml:
 
@@ -139,6 +140,7 @@ class ELSAModifier(Modifier):
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
+    _frozen: frozenset[str] = PrivateAttr(default_factory=frozenset)
     _until_finalized: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @model_validator(mode="before")
@@ -222,12 +224,11 @@ class ELSAModifier(Modifier):
 
         :raises ValueError: if the run cannot work; the message says which field to change
         """
-        processes = Accelerator().num_processes
-        if processes > 1:
-            raise ValueError(
-                f"ELSAModifier runs in one process so far, not in {processes}; start it without a launcher"
-            )
+        refuse_launchers()
+        refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
         targets = self._find_targets(state.model)
+        self._frozen = frozen_parameters(state.model, targets)
+        check_values(state.model)
         if self.shared_budget is not None:
             self.shared_budget.among(targets)
         if self._calibration_loader(state) is None:
@@ -249,7 +250,7 @@ class ELSAModifier(Modifier):
         :raises TrainingDiverged: at the first loss that is not finite
         """
         model: PreTrainedModel = state.model
-        accelerator = Accelerator()
+        device = get_main_device()
         batches = batches_from_calibration(
             self._calibration_loader(state),
             steps=self.steps,
@@ -262,9 +263,10 @@ class ELSAModifier(Modifier):
         with (
             trainable(
                 model,
-                accelerator.device,
+                device,
                 dtype=WEIGHT_DTYPES[self.weight_dtype],
                 activation_checkpointing=self.activation_checkpointing,
+                frozen=self._frozen,
             ),
             torch.random.fork_rng(),
         ):
@@ -285,7 +287,7 @@ class ELSAModifier(Modifier):
                 steps=self.steps,
                 max_grad_norm=self.max_grad_norm,
                 precision=self.precision,
-                accelerator=accelerator,
+                device=device,
                 history=self._history,
                 gradient_release=self.gradient_release,
             )

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
+from loguru import logger
 from transformers import get_scheduler
 
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
@@ -38,7 +38,7 @@ def run(
     history = []
     settings = {"max_grad_norm": 1.0, "precision": "fp32"} | options
     scheduler = get_scheduler("linear", inner, num_warmup_steps=0, num_training_steps=steps)
-    train(model, optimizer, scheduler, source, steps=steps, accelerator=Accelerator(), history=history, **settings)
+    train(model, optimizer, scheduler, source, steps=steps, device=torch.device("cpu"), history=history, **settings)
     return history
 
 
@@ -99,6 +99,61 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before_it(load):
     history = run(load(), base=Watching, projection="magnitude", max_grad_norm=0.01)
     assert all(record.grad_norm > 0.01 for record in history)
     assert norms == pytest.approx([0.01] * 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_release=True)], ids=["together", "released"])
+def test_once_the_mask_is_fixed_the_norm_is_of_what_it_keeps(options, load):
+    """Nearly all of this model's gradient lies where nothing can move: clipping by it would leave hardly a step."""
+    model = load()
+    weight = model.get_parameter(PRUNED)
+    weight.register_hook(lambda gradient: gradient + 1e3 * (weight == 0))
+    norms = []
+
+    class Watching(torch.optim.Adam):
+        def step(self, closure=None):
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+            if weight.grad is not None and optimizer_is_frozen(weight):
+                assert not weight.grad[weight == 0].any()
+            super().step(closure)
+
+    def optimizer_is_frozen(weight):
+        return int((weight == 0).sum()) == weight.numel() - weight.numel() // 4
+
+    history = run(model, base=Watching, max_grad_norm=None, **options)
+    frozen = history[6:]
+    assert len(frozen) == 2 and all(record.grad_norm < 100 for record in frozen)
+    if not options:
+        assert [record.grad_norm for record in frozen] == pytest.approx(norms[6:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stopped,weights", [(3, "trained in part, and not pruned"), (7, "pruned, and trained in part")]
+)
+def test_an_interrupted_run_says_what_it_leaves(stopped, weights, load):
+    told = []
+
+    class Interrupted(torch.optim.Adam):
+        def step(self, closure=None):
+            if len(told) == stopped - 1:
+                raise KeyboardInterrupt
+            told.append(None)
+            super().step(closure)
+
+    said = []
+    handler = logger.add(lambda message: said.append(message.record["message"]), level="ERROR")
+    model = load()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, base=Interrupted)
+    finally:
+        logger.remove(handler)
+    (message,) = said
+    assert f"Interrupted in step {stopped} of 8, after {stopped - 1} whole ones" in message
+    assert f"are {weights}" in message and "Nothing has been saved" in message
+    weight = model.get_parameter(PRUNED)
+    zeros = int((weight == 0).sum())
+    assert zeros == (weight.numel() - weight.numel() // 4 if stopped > 6 else 0)
 
 
 def test_loss_is_the_models_own(load):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,8 @@ class ADMMOptimizer:
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._rounds_once = base if isinstance(base, RoundsOnce) else None
+        # Of every parameter, for the time of a step taken one parameter after another.
+        self._group_of: dict[int, dict[str, Any]] = {}
         if freeze_step <= 0:
             self._freeze()
 
@@ -154,14 +156,15 @@ class ADMMOptimizer:
         state = self._state_of.get(id(parameter))
         if state is not None:
             self._before_base_step(parameter, state)
-        groups = [(group, group["params"]) for group in self.base.param_groups]
-        for group, parameters in groups:
-            group["params"] = [parameter] if any(p is parameter for p in parameters) else []
+        if not self._group_of:
+            self._group_of = {id(p): group for group in self.base.param_groups for p in group["params"]}
+        group = self._group_of[id(parameter)]
+        all_groups, all_parameters = self.base.param_groups, group["params"]
+        self.base.param_groups, group["params"] = [group], [parameter]
         try:
             self._base_step()
         finally:
-            for group, parameters in groups:
-                group["params"] = parameters
+            self.base.param_groups, group["params"] = all_groups, all_parameters
         if state is not None:
             self._after_base_step(parameter, state)
 
@@ -169,6 +172,7 @@ class ADMMOptimizer:
     def end_step(self) -> None:
         """Count the step, and project or fix the mask if it is time; :meth:`step` does this itself."""
         self.step_count += 1
+        self._group_of.clear()
         if self.frozen:
             return
         if self.step_count >= self.freeze_step:
@@ -176,6 +180,16 @@ class ADMMOptimizer:
             self._freeze()
         elif self.step_count % self.interval == 1 % self.interval:
             self.project()
+
+    @torch.no_grad()
+    def mask_gradient_(self, parameter: nn.Parameter) -> None:
+        """Once the mask is fixed, zero the gradient outside it, in place: it can move nothing.
+
+        Before the gradients' norm is taken, of which it would be a part, and by which the rest is clipped.
+        """
+        state = self._state_of.get(id(parameter))
+        if self.frozen and state is not None and parameter.grad is not None:
+            state.apply_mask_(parameter.grad, self._scratch)
 
     def _before_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
         if self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0:

@@ -28,6 +28,7 @@ class GradientRelease:
     def step(self, parameter: Tensor) -> None:
         """The hook of a parameter whose gradient is complete."""
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        self._optimizer.mask_gradient_(parameter)
         # Not squared as a tensor, which would take eight bytes an entry: most of all that a large embedding needs.
         self._square_norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
         self._optimizer.step_parameter(parameter)

@@ -2,12 +2,13 @@
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from loguru import logger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -35,7 +36,7 @@ class StepRecord:
     :param loss: mean next-token cross-entropy before the step, nats
     :param learning_rate: of the base optimizer in this step
     :param penalty: ``lam`` or ``rho`` in this step; 0 once the mask is fixed
-    :param grad_norm: global norm of the loss gradient before clipping
+    :param grad_norm: global norm of the loss gradient before clipping; once the mask is fixed, of what it keeps
     :param tokens: predicted tokens in this step
     :param seconds: since the run began
     :param sparsity: fraction of zeros that the pruned weights are held to: 0 until the mask is fixed
@@ -68,13 +69,13 @@ def train(
     steps: int,
     max_grad_norm: float | None,
     precision: Precision,
-    accelerator: Accelerator,
+    device: torch.device,
     history: list[StepRecord],
     gradient_release: bool = False,
 ) -> None:
     """Run ``steps`` optimizer steps and append a record of each to ``history``.
 
-    :param model: in training mode, on the accelerator's device, fp32 parameters
+    :param model: in training mode, on ``device``, fp32 parameters
     :param max_grad_norm: clip the global gradient norm to this; None does not clip
     :param precision: ``bf16`` runs forward and backward under autocast
     :param gradient_release: see :mod:`elsa_modifier.training.gradient_release`; needs ``max_grad_norm`` None and a
@@ -87,7 +88,11 @@ def train(
     shown_residual = ""
     seen = 0
     releasing = releasing_gradients(optimizer, parameters) if gradient_release else nullcontext()
-    with tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar, releasing as release:
+    with (
+        _telling_where_it_stopped(optimizer, steps),
+        tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar,
+        releasing as release,
+    ):
         for step in range(steps):
             learning_rate = float(scheduler.get_last_lr()[0])
             penalty = 0.0 if optimizer.frozen else optimizer.penalty(step)
@@ -95,7 +100,9 @@ def train(
             micro_batches = batches.micro_batches(step)
             tokens = _count_tokens(micro_batches)
             if release is None:
-                loss = _accumulate_gradients(model, micro_batches, tokens, precision, accelerator)
+                loss = _accumulate_gradients(model, micro_batches, tokens, precision, device)
+                for parameter in parameters:
+                    optimizer.mask_gradient_(parameter)
                 norm = nn.utils.get_total_norm(_gradients(parameters))
                 mean_loss, grad_norm = _finite(step, learning_rate, loss, norm)
                 if max_grad_norm is not None and grad_norm > max_grad_norm:
@@ -103,9 +110,9 @@ def train(
                 optimizer.step()
             else:
                 (batch,) = micro_batches
-                loss = _loss(model, batch, tokens, precision, accelerator.device)
+                loss = _loss(model, batch, tokens, precision, device)
                 _finite(step, learning_rate, loss.detach(), torch.zeros_like(loss))
-                accelerator.backward(loss)
+                loss.backward()
                 mean_loss, grad_norm = _finite(
                     step, learning_rate, loss.detach(), release.finish(), "weights have been changed in this step"
                 )
@@ -137,6 +144,21 @@ def train(
             bar.update()
 
 
+@contextmanager
+def _telling_where_it_stopped(optimizer: ADMMOptimizer, steps: int) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = optimizer.step_count
+        weights = "pruned, and trained in part" if optimizer.frozen else "trained in part, and not pruned"
+        logger.error(
+            f"Interrupted in step {min(done + 1, steps)} of {steps}, after {done} whole ones. The weights in memory "
+            f"are {weights}; some may have taken a step more than others. Nothing has been saved, and there is no "
+            "continuing: the run has to start again from its beginning."
+        )
+        raise
+
+
 def _count_tokens(micro_batches: list[dict[str, Tensor]]) -> int:
     tokens = sum(count_targets(batch["labels"]) for batch in micro_batches)
     if tokens == 0:
@@ -157,13 +179,13 @@ def _accumulate_gradients(
     micro_batches: list[dict[str, Tensor]],
     tokens: int,
     precision: Precision,
-    accelerator: Accelerator,
+    device: torch.device,
 ) -> Tensor:
     """Forward and backward of one optimizer step: its mean loss per predicted token."""
-    total = torch.zeros((), device=accelerator.device)
+    total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = _loss(model, batch, tokens, precision, accelerator.device)
-        accelerator.backward(loss)
+        loss = _loss(model, batch, tokens, precision, device)
+        loss.backward()
         total += loss.detach()
     return total
 

@@ -6,6 +6,7 @@ what the layers add to the embeddings, as under autocast it is for fp32 weights:
 
 import contextlib
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 import torch
 from compressed_tensors.offload import remove_dispatch, set_onload_device
@@ -41,6 +42,7 @@ def trainable(
     *,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    frozen: AbstractSet[str] = frozenset(),
 ) -> Iterator[None]:
     """Within the context floating-point parameters are contiguous, on ``device``, and require gradients.
 
@@ -50,6 +52,7 @@ def trainable(
 
     :param dtype: of the weights, see above; for bf16, run the model under autocast
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
+    :param frozen: names of parameters that require none, and whose values are the same afterwards, bit for bit
     :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device), or the model's
         class does not know activation checkpointing
     """
@@ -64,7 +67,7 @@ def trainable(
             if parameter.is_meta:
                 raise ValueError(f"parameter {name} has no data to train; load the model into memory, not onto disk")
         stack.callback(_restore_modes, {module: module.training for module in model.modules()})
-        stack.enter_context(_training_tensors(model, device, dtype))
+        stack.enter_context(_training_tensors(model, device, dtype, frozen))
         stack.callback(embed_in_fp32(model).remove)
         if activation_checkpointing:
             stack.enter_context(_activation_checkpointing(model))
@@ -94,20 +97,24 @@ def _activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _training_tensors(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, frozen: AbstractSet[str]
+) -> Iterator[None]:
     parameters = [(p, p.device, p.dtype, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    # Not to be found again in what they are cast to for the run.
+    kept = {p: p.data for name, p in model.named_parameters(remove_duplicate=False) if name in frozen}
     buffers = [(b, b.device) for b in model.buffers()]
     try:
         for parameter, *_ in parameters:
             parameter.data = parameter.data.to(device, trained_dtype(parameter, dtype)).contiguous()
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter not in kept)
         for buffer, _ in buffers:
             buffer.data = buffer.data.to(device)
         yield
     finally:
         for parameter, place, dtype, requires_grad in parameters:
             parameter.grad = None
-            parameter.data = parameter.data.to(place, dtype)
+            parameter.data = kept.get(parameter, parameter.data).to(place, dtype)
             parameter.requires_grad_(requires_grad)
         for buffer, place in buffers:
             buffer.data = buffer.data.to(place)
