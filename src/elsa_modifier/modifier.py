@@ -51,7 +51,7 @@ class ELSAModifier(Modifier):
 
     Solves ``min f(x)`` subject to ``x`` sparse over the whole model: training with a penalty that pulls the weights
     towards a sparse copy of themselves, whose support is chosen anew from time to time, and that is at last fixed.
-    Embeddings, norms and ``lm_head`` are trained along, unless they are frozen (``requires_grad`` False), and stay dense.
+    Embeddings, norms and ``lm_head`` are trained along, unless ``requires_grad`` is False, and stay dense.
 
     Sample yaml:
 
@@ -228,7 +228,6 @@ class ELSAModifier(Modifier):
         refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
         targets = self._find_targets(state.model)
         self._frozen = frozen_parameters(state.model, targets)
-        check_values(state.model)
         if self.shared_budget is not None:
             self.shared_budget.among(targets)
         if self._calibration_loader(state) is None:
@@ -239,6 +238,7 @@ class ELSAModifier(Modifier):
                 f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, "
                 "so put ELSAModifier first in the recipe"
             )
+        check_values(state.model)
         self._prepare_for(
             [modifier for modifier in active_session().lifecycle.recipe.modifiers if modifier is not self]
         )
