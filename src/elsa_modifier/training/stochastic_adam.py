@@ -115,8 +115,8 @@ class SecondMoment(_Moment):
         super().__init__(codes, parameter.shape)
 
     def write(self, start: int, end: int, values: Tensor) -> None:
-        # Found out before the division, in which the smallest vanish.
-        positive = (values > 0).view(torch.uint8)
+        # Found out before the division, in which the smallest vanish; from the bits, as a CPU is slow to compare.
+        positive = values.view(torch.int32).clamp(max=1).to(torch.uint8)
         super().write(start, end, values)
         codes = self.codes[start:end]
         torch.maximum(codes, positive, out=codes)
