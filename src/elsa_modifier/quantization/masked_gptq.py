@@ -6,13 +6,17 @@ weights to take up part of each error; multiplying what they would take up by th
 llm-compressor) drops it instead of giving it to the others. Here every row has its own ``H_SS``.
 
 GPTQ from the first column to the last is the nearest-plane walk along the Cholesky factor of the reversed matrix, so no
-inverse is needed: with ``H_SS = R^T R``, R upper triangular, and e = w - q, from the last column of S to the first
+inverse is needed: with ``H_SS = L L^T``, L lower triangular, and e = w - q, from the last column of S to the first
 
-    q_j = quantize(w_j + sum_{k > j} R_jk e_k / R_jj).
+    q_j = quantize(w_j + sum_{k > j} L_kj e_k / L_jj).
 
 A factor costs |S|^3 / 3 a row: at 90% a thousandth of what the dense one would. Rows with about as many kept columns
-are factored together.
+are factored together, as many as fit in twice the memory of the whole Hessian (or 256 MB): rows that keep a fraction d
+of their columns are walked ``2 / d^2`` at a time, so that the walk, one step in Python a column, stays short beside the
+factors. With the factors, the mask of what is padded, and copies of the values, about five times the Hessian is held.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,8 +25,9 @@ from elsa_modifier.quantization.grid import Grid
 
 __all__ = ["damped", "masked_gptq"]
 
-# Of the sub-Hessians that are factored at once.
-_CHUNK_BYTES = 1 << 27
+# Of the sub-Hessians that are factored at once, whichever is more: bytes, and multiples of the Hessian.
+_CHUNK_BYTES = 1 << 28
+_CHUNK_HESSIANS = 2
 
 
 def damped(hessian: Tensor, fraction: float) -> Tensor:
@@ -46,7 +51,7 @@ def masked_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, grid: Grid, *, or
     :return: (rows, columns), zero outside the mask
     :raises torch.linalg.LinAlgError: if the Hessian is not positive definite for some row
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     last_to_first = order.flip(0)
     hessian = hessian[last_to_first][:, last_to_first]
     kept = mask[:, last_to_first]
@@ -54,37 +59,47 @@ def masked_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, grid: Grid, *, or
     by_count = counts.argsort(stable=True)
     ascending = counts[by_count].tolist()
     result = torch.zeros_like(weight)
-    start = 0
-    while start < rows:
-        # Of as many rows as fit, the last has the most kept columns; those it determines must fit as well.
-        end = start + 1
-        while end < rows and 4 * ascending[end] ** 2 * (end + 1 - start) <= _CHUNK_BYTES:
-            end += 1
+    for start, end in _chunks(ascending, columns):
         chunk = by_count[start:end]
         width = ascending[end - 1]
-        if width:
-            # Positions of the kept columns at the end, in order; what pads shorter rows comes first.
-            places = kept[chunk].int().argsort(dim=1, stable=True)[:, columns - width :]
-            used = kept[chunk].gather(1, places)
-            index = (chunk[:, None].expand_as(places), last_to_first[places])
-            quantized = _nearest_plane(weight[index], _sub_hessians(hessian, places, used), used, grid[index])
-            result[index[0][used], index[1][used]] = quantized[used]
-        start = end
+        # Positions of the kept columns at the end, in order; what pads shorter rows comes first.
+        places = kept[chunk].int().argsort(dim=1, stable=True)[:, columns - width :]
+        used = kept[chunk].gather(1, places)
+        index = (chunk[:, None].expand_as(places), last_to_first[places])
+        quantized = _nearest_plane(weight[index], _sub_hessians(hessian, places, used), used, grid[index])
+        result[index[0][used], index[1][used]] = quantized[used]
     return result
+
+
+def _chunks(ascending: list[int], columns: int) -> Iterator[tuple[int, int]]:
+    """Rows from and to which are factored together, given how many columns each keeps; none that keeps nothing."""
+    available = max(_CHUNK_BYTES, _CHUNK_HESSIANS * 4 * columns**2)
+    start = sum(count == 0 for count in ascending)
+    while start < len(ascending):
+        # Of as many rows as fit, the last has the most kept columns; those it determines must fit as well.
+        end = start + 1
+        while end < len(ascending) and 4 * ascending[end] ** 2 * (end + 1 - start) <= available:
+            end += 1
+        yield start, end
+        start = end
 
 
 def _sub_hessians(hessian: Tensor, places: Tensor, used: Tensor) -> Tensor:
     """(rows, width, width): each row's own columns of the Hessian, the identity where it is padded."""
     sub = hessian[places[:, :, None], places[:, None, :]]
-    if not bool(used.all()):
-        sub *= used[:, :, None] & used[:, None, :]
-        sub.diagonal(dim1=1, dim2=2).add_((~used).to(sub.dtype))
+    padded = int((~used).sum(dim=1).max())
+    if padded:
+        first = used[:, :padded]
+        sub[:, :padded] *= first[:, :, None]
+        sub[:, :, :padded] *= first[:, None, :]
+        sub.diagonal(dim1=1, dim2=2)[:, :padded].add_((~first).to(sub.dtype))
     return sub
 
 
 def _nearest_plane(values: Tensor, hessians: Tensor, used: Tensor, grid: Grid) -> Tensor:
     """Values (rows, width), each row with its Hessian (rows, width, width), from the last column to the first."""
-    factors = torch.linalg.cholesky(hessians, upper=True)
+    # LAPACK's matrices are columns: transposed, what a column is owed by lies together.
+    factors = torch.linalg.cholesky(hessians).mT
     errors = torch.zeros_like(values)
     for j in reversed(range(values.shape[1])):
         owed = (factors[:, j, j + 1 :] * errors[:, j + 1 :]).sum(dim=1) / factors[:, j, j]
