@@ -1,14 +1,12 @@
 """ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -20,10 +18,10 @@ from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
+from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
 from elsa_modifier.fields import Budget, Penalty, refuse_two_state_dtypes
 from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
-from elsa_modifier.quantization.llmcompressor_gptq import quantizing_weights_with
-from elsa_modifier.quantization.modifier import mask_aware
+from elsa_modifier.quantization.modifier import keep_zeros, release
 from elsa_modifier.saving import extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.base_optimizer import (
@@ -41,8 +39,6 @@ from elsa_sparse.entry import Encoding
 __all__ = ["ELSAModifier"]
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-# Modifiers of llm-compressor that multiply weights by matrices.
-_ROTATIONS = ("QuIPModifier", "SpinQuantModifier")
 
 
 class ELSAModifier(Modifier):
@@ -141,7 +137,7 @@ class ELSAModifier(Modifier):
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
     _frozen: frozenset[str] = PrivateAttr(default_factory=frozenset)
-    _until_finalized: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _later: list[Modifier] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -232,16 +228,12 @@ class ELSAModifier(Modifier):
             self.shared_budget.among(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
-        quantized = next((t.name for t in targets if hasattr(t.module, "quantization_scheme")), None)
-        if quantized is not None:
-            raise ValueError(
-                f"{quantized} is quantized by a modifier that comes before ELSAModifier; pruning trains the weights, "
-                "so put ELSAModifier first in the recipe"
-            )
+        recipe = active_session().lifecycle.recipe.modifiers
+        check_recipe(recipe, state.model)
+        check_unquantized(state.model)
         check_values(state.model)
-        self._prepare_for(
-            [modifier for modifier in active_session().lifecycle.recipe.modifiers if modifier is not self]
-        )
+        keep_in_recipe_file(recipe)
+        self._later = following(self, recipe)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -250,6 +242,8 @@ class ELSAModifier(Modifier):
         :raises TrainingDiverged: at the first loss that is not finite
         """
         model: PreTrainedModel = state.model
+        # A pipeline for all modifiers instead of one for each trains at its start, before any other has done its work.
+        check_recipe(sorted(active_session().lifecycle.recipe.modifiers, key=lambda m: not trains(m)), model)
         device = get_main_device()
         batches = batches_from_calibration(
             self._calibration_loader(state),
@@ -295,6 +289,7 @@ class ELSAModifier(Modifier):
                 self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
                 target.weight.data.masked_fill_(~pair.mask, 0.0)
+        keep_zeros(self._later)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -303,6 +298,10 @@ class ELSAModifier(Modifier):
         """
         if not self._masks:
             raise RuntimeError("ELSAModifier has not trained: its calibration never started")
+        release(self._later)
+        if any(trains(modifier) for modifier in self._later):
+            # That one has chosen zeros, and a history to save, anew.
+            return True
         modules = dict(state.model.named_modules())
         pruned = lost = 0
         for name, (bits, shape) in self._masks.items():
@@ -322,20 +321,8 @@ class ELSAModifier(Modifier):
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
         else:
             logger.info(message)
-        self._until_finalized.close()
         extend_save_pretrained(state.model, history=self._history_json(), checkpoint=self.checkpoint)
         return True
-
-    def _prepare_for(self, others: list[Modifier]) -> None:
-        """Refuse modifiers that cannot keep zeros; have GPTQ respect the mask, which its own rule would not."""
-        for other in others:
-            if type(other).__name__ in _ROTATIONS:
-                raise ValueError(
-                    f"{type(other).__name__} rotates weights, which mixes pruned ones with kept ones: no zero would be "
-                    "left. Take it out of the recipe; SmoothQuantModifier and AWQModifier only scale, and keep zeros"
-                )
-        if any(isinstance(other, GPTQModifier) for other in others):
-            self._until_finalized.enter_context(quantizing_weights_with(mask_aware))
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
         structure = parse_mask_structure(self.mask_structure)

@@ -1,24 +1,27 @@
 """MaskedGPTQModifier: GPTQ for pruned models, and the same rule for a stock GPTQModifier that follows ELSAModifier."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import State
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
 from pydantic import Field
 from torch import Tensor
 
+from elsa_modifier.composition import check_recipe
 from elsa_modifier.quantization.descent import coordinate_descent
 from elsa_modifier.quantization.grid import Grid
 from elsa_modifier.quantization.llmcompressor_gptq import QuantizeWeight, entry_grid, quantizing_weights_with
 from elsa_modifier.quantization.masked_gptq import damped, masked_gptq
 from elsa_modifier.quantization.scales import least_squares_scales, search_scales
 
-__all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "mask_aware"]
+__all__ = ["DEFAULT_REFINEMENTS", "MaskedGPTQModifier", "keep_zeros", "mask_aware", "release"]
 
 DEFAULT_REFINEMENTS = 4
 # A weight with fewer zeros than this was not pruned, and is stock GPTQ's.
@@ -63,13 +66,18 @@ class MaskedGPTQModifier(GPTQModifier):
     fit_scales: bool = True
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """As GPTQModifier does, after fitting the groups of preset schemes to the model's widths."""
-        if self.scheme is not None:
-            self._fit_groups(state.model)
+        """As GPTQModifier does, after fitting the groups of preset schemes to the model's widths.
+
+        :raises ValueError: if the recipe cannot work; see :func:`~elsa_modifier.composition.check_recipe`
+        """
+        self.fit_groups(state.model)
+        check_recipe(active_session().lifecycle.recipe.modifiers, state.model)
         return bool(super().on_initialize(state, **kwargs))
 
-    def _fit_groups(self, model: torch.nn.Module) -> None:
-        """Halve group sizes until they divide every width they apply to: 64 divides 576, 128 does not."""
+    def fit_groups(self, model: torch.nn.Module) -> None:
+        """Halve a preset scheme's group sizes until they divide every width they apply to: 64 for 576, not 128."""
+        if self.scheme is None:
+            return
         for scheme in self.resolved_config.config_groups.values():
             if scheme.weights is None or scheme.weights.strategy != QuantizationStrategy.GROUP:
                 continue
@@ -89,6 +97,32 @@ class MaskedGPTQModifier(GPTQModifier):
         rule = partial(mask_aware, refinements=self.refinements, fit_scales=self.fit_scales)
         with quantizing_weights_with(rule):
             super().compress_module_list(module_list)
+
+
+def keep_zeros(modifiers: Iterable[Modifier]) -> None:
+    """Have stock GPTQModifiers quantize as MaskedGPTQModifier does, until :func:`release`.
+
+    A method of theirs is replaced, and llm-compressor's function for the length of its calls alone: whatever fails, the
+    GPTQModifier of another run is its own. These take part in none: llm-compressor initializes a modifier only once.
+
+    :param modifiers: initialized ones; others than stock GPTQModifiers are left alone
+    """
+    for modifier in modifiers:
+        if isinstance(modifier, GPTQModifier) and not isinstance(modifier, MaskedGPTQModifier):
+            # Past pydantic, which knows no attributes but fields.
+            stock = partial(type(modifier).compress_module_list, modifier)
+            modifier.__dict__["compress_module_list"] = partial(_compress, stock)
+
+
+def release(modifiers: Iterable[Modifier]) -> None:
+    """Undo :func:`keep_zeros`, wherever it was done."""
+    for modifier in modifiers:
+        modifier.__dict__.pop("compress_module_list", None)
+
+
+def _compress(stock: Callable[[list[torch.nn.Module]], None], modules: list[torch.nn.Module]) -> None:
+    with quantizing_weights_with(mask_aware):
+        stock(modules)
 
 
 def mask_aware(

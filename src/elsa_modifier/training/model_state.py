@@ -7,11 +7,12 @@ what the layers add to the embeddings, as under autocast it is for fp32 weights:
 import contextlib
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from itertools import repeat
 
 import torch
 from compressed_tensors.offload import remove_dispatch, set_onload_device
 from compressed_tensors.offload.cache import OffloadCache
-from compressed_tensors.utils import patch_attr
+from compressed_tensors.utils import patch_attr, patch_attrs
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.dev import get_main_device
@@ -46,9 +47,9 @@ def trainable(
 ) -> Iterator[None]:
     """Within the context floating-point parameters are contiguous, on ``device``, and require gradients.
 
-    llm-compressor's offloading is taken off, other modifiers' hooks do not fire, experts see only the tokens routed to
-    them, and modules are in training mode. Afterwards, whether or not the body failed, all of this is as before; the
-    parameters are back in their dtype and place, with new values and without gradients.
+    llm-compressor's offloading is taken off, other modifiers' hooks do not fire, nothing is quantized, experts see only
+    the tokens routed to them, and modules are in training mode. Afterwards, whether or not the body failed, all of this
+    is as before; the parameters are back in their dtype and place, with new values and without gradients.
 
     :param dtype: of the weights, see above; for bf16, run the model under autocast
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
@@ -72,6 +73,9 @@ def trainable(
         if activation_checkpointing:
             stack.enter_context(_activation_checkpointing(model))
         stack.enter_context(HooksMixin.disable_hooks())
+        # A quantizer that comes later has attached schemes, to whose scales nothing has been written. llm-compressor
+        # disables them, but enables all again at the end of every pipeline that calibrates.
+        stack.enter_context(patch_attrs(model.modules(), "quantization_enabled", repeat(False)))
         stack.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
         stack.enter_context(torch.enable_grad())
         model.train()
