@@ -112,7 +112,7 @@ def _check_pair(earlier: Modifier, later: Modifier, model: nn.Module) -> None:
                 f"{first} and {second} both quantize {{}}, and llm-compressor would give it the scheme of the last in "
                 "both; take one out of the recipe, or part the modules by targets and ignore",
             )
-    if trains(later):
+    if trains(later) and _prunes(earlier):
         _refuse_shared(
             _pruned(earlier, model),
             {name for name, _ in model.named_modules()} - _pruned(later, model),
@@ -173,6 +173,10 @@ def _name(modifier: object) -> str:
     return type(modifier).__name__
 
 
+def _prunes(modifier: Modifier) -> bool:
+    return trains(modifier) or isinstance(modifier, SparsityModifierBase)
+
+
 def _quantized(modifier: QuantizationMixin, model: nn.Module) -> set[str]:
     return set(_schemes(modifier, model))
 
@@ -194,8 +198,7 @@ def _pruned(modifier: Modifier, model: nn.Module) -> set[str]:
     """Names of the modules that a modifier prunes."""
     if trains(modifier):
         return {target.name for target in modifier._find_targets(model)}
-    if not isinstance(modifier, SparsityModifierBase):
-        return set()
+    assert isinstance(modifier, SparsityModifierBase)
     found = set()
     for outer, layer in match_named_modules(model, _as_list(modifier.targets)):
         for inner, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES):

@@ -312,10 +312,36 @@ def test_gptq_of_the_next_run_is_llm_compressor_s(where, run, pruned_checkpoint,
     assert "compress_module_list" not in GPTQModifier.__dict__["compress_module_list"].__dict__
 
 
-def test_gptq_is_left_as_it_was(run):
-    recipe = [ELSAModifier(sparsity=0.8, **QUICK), quantize(GPTQModifier)]
-    run(recipe)
-    assert "compress_module_list" not in recipe[1].__dict__
+@pytest.mark.parametrize("sparsities", [(0.8,), (0.5, 0.8)])
+def test_gptq_keeps_zeros_and_is_left_as_it_was(sparsities, run):
+    """Not by setting them to zero at the end: the others make up for them, as under MaskedGPTQModifier."""
+    models = []
+    for cls in (GPTQModifier, MaskedGPTQModifier):
+        recipe = [*(ELSAModifier(sparsity=s, **QUICK) for s in sparsities), quantize(cls)]
+        models.append(linears(run(recipe)))
+        assert "compress_module_list" not in recipe[-1].__dict__
+    assert all(torch.equal(module.weight, models[1][name].weight) for name, module in models[0].items())
+
+
+def test_little_memory_and_static_scales_between_other_modifiers(run):
+    """Scales that nothing has been written to are not trained, and come back for what they are later."""
+    elsa = ELSAModifier(
+        **QUICK
+        | dict(sparsity=0.8, precision="bf16", weight_dtype="bf16", optimizer="adam8bit_sr", max_grad_norm=None),
+        gradient_release=True,
+    )
+    static = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    groups = {"w4a8": {"targets": ["Linear"], "weights": W4, "input_activations": static}}
+    quantizer = QuantizationModifier(config_groups=groups, kv_cache_scheme=static, ignore=["lm_head"])
+    wanda = WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"])
+    model = run([wanda, elsa, quantizer])
+    assert_pruned(model, elsa, quantized=True)
+    assert_on_grid(model, rounded=False)
+    alone = ELSAModifier(**elsa.model_dump(exclude={"initialized_", "finalized_", "started_", "ended_"}))
+    run([WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]), alone])
+    assert [r.loss for r in alone.history] == [r.loss for r in elsa.history]
+    for attention in (layer.self_attn for layer in model.model.layers):
+        assert all(float(getattr(attention, f"{name}_scale")) > 0 for name in ("k", "v"))
 
 
 def test_a_diverged_run_leaves_quantization_as_it_was(load, run):
