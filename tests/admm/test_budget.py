@@ -187,6 +187,7 @@ def test_first_masks_go_by_magnitude():
     magnitudes = torch.cat([w.weight.detach().abs().flatten() for w in build(None).weights])
     kept = torch.cat([mask.flatten() for mask in optimizer.masks.values()])
     assert torch.equal(kept, sorted_mask(magnitudes, 40))
+    train(optimizer, 1)
     assert sum(int((w.weight != 0).sum()) for w in optimizer.weights) == 40
 
 
@@ -200,12 +201,25 @@ def test_limits_hold_and_the_sum_stays():
     assert kept != [24, 16]
 
 
-def test_a_weight_without_gradient_keeps_its_number_of_entries():
-    optimizer = build(SharedBudget())
+@pytest.mark.parametrize("projection", ["fisher", "magnitude"])
+def test_a_weight_without_gradient_takes_no_part(projection):
+    """The others share what they bring, whatever magnitudes gave it in the first masks."""
+    optimizer = build(SharedBudget(), projection=projection)
     idle = optimizer.weights[1].weight
-    before = int(optimizer.masks["second"].sum())
+    before = idle.detach().clone()
+    assert int(optimizer.masks["second"].sum()) != 16
     train(optimizer, 25, idle=idle)
-    assert [int(mask.sum()) for mask in optimizer.masks.values()] == [40 - before, before]
+    assert [int(mask.sum()) for mask in optimizer.masks.values()] == [24, 16]
+    assert torch.equal(idle, before) and int((optimizer.weights[0].weight != 0).sum()) == 24
+    assert optimizer.sparsity == 0.75
+
+
+def test_limits_that_only_an_unreached_weight_could_meet_bend():
+    optimizer = build(SharedBudget([0.9, 0.0], 1.0))
+    train(optimizer, 25, idle=optimizer.weights[1].weight)
+    # 24 entries are asked of the first, and its floor leaves it 10.
+    assert int((optimizer.weights[0].weight != 0).sum()) == 10
+    assert optimizer.sparsity == pytest.approx(1 - 10 / 96)
 
 
 def test_an_optimizer_without_second_moments_shares_by_magnitude():

@@ -9,7 +9,7 @@ from elsa_modifier.admm.optimizer import ADMMOptimizer, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure
 from elsa_modifier.training.stochastic_adam import StochasticAdam
-from tests.reference.admm import TwoTensorADMM
+from tests.reference.admm import TwoTensorADMM, keep_mask
 
 DENSE = MaskStructure()
 
@@ -132,16 +132,83 @@ def test_mask_fixed_from_the_start_is_the_magnitude_mask():
     assert torch.equal(weight.flatten().nonzero().squeeze(1), largest)
 
 
-@pytest.mark.parametrize("form", ["coupled", "decoupled"])
-@pytest.mark.parametrize("adam_class", [torch.optim.Adam, StochasticAdam])
-def test_a_weight_without_gradient_is_pruned_too(form, adam_class):
+ALSO_TRAINED = [torch.optim.Adam, torch.optim.AdamW, StochasticAdam]
+
+
+def with_idle(adam_class, *, gradient="none", freeze_step=8, keep=4, **options):
+    """The problem with a weight that its loss does not reach; as a step's function, weights and the optimizer.
+
+    :param gradient: of the idle weight: ``none``, ``zeros``, or a step whose gradient is real after zeros
+    """
     weight, bias, loss = problem()
     idle = nn.Parameter(torch.randn(4, 4))
     base = adam_class([weight, bias, idle], lr=0.01)
-    pruned = [PrunedWeight("idle", idle, 4, DENSE), PrunedWeight("weight", weight, 24, DENSE)]
-    optimizer = ADMMOptimizer(base, pruned, penalty=PenaltySchedule(0.2, "linear", 8), form=form, freeze_step=8)
-    run(optimizer, loss, 10)
-    assert int((idle != 0).sum()) == 4 and int((weight != 0).sum()) == 24
+    pruned = [PrunedWeight("idle", idle, keep, DENSE), PrunedWeight("weight", weight, 24, DENSE)]
+    schedule = PenaltySchedule(0.2, "constant", max(1, freeze_step))
+    optimizer = ADMMOptimizer(base, pruned, penalty=schedule, freeze_step=freeze_step, interval=3, **options)
+
+    def step(number):
+        optimizer.zero_grad()
+        loss(number).backward()
+        if gradient != "none":
+            idle.grad = torch.ones_like(idle) if number == gradient else torch.zeros_like(idle)
+        optimizer.step()
+
+    return step, idle, weight, optimizer
+
+
+@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+@pytest.mark.parametrize("projection", ["fisher", "magnitude"])
+@pytest.mark.parametrize("gradient", ["none", "zeros"])
+@pytest.mark.parametrize("freeze_step", [0, 8])
+@pytest.mark.parametrize("free_support", [False, True])
+@pytest.mark.parametrize("adam_class", ALSO_TRAINED)
+def test_a_weight_without_gradient_keeps_its_bits(adam_class, free_support, freeze_step, gradient, projection, form):
+    step, idle, weight, optimizer = with_idle(
+        adam_class,
+        gradient=gradient,
+        freeze_step=freeze_step,
+        form=form,
+        projection=projection,
+        free_support=free_support,
+    )
+    before = idle.detach().clone()
+    for number in range(12):
+        step(number)
+    assert torch.equal(idle, before) and optimizer.unreached == ["idle"]
+    assert int((weight != 0).sum()) == 24 and optimizer.sparsity == 0.75
+    if free_support:  # all that is pruned is zero
+        assert float(optimizer.residual()) == 0.0
+
+
+@pytest.mark.parametrize("gradient", ["none", "zeros"])
+@pytest.mark.parametrize("freeze_step", [0, 8])
+@pytest.mark.parametrize("adam_class", ALSO_TRAINED)
+def test_asked_for_it_is_pruned_by_magnitude(adam_class, freeze_step, gradient):
+    step, idle, _, optimizer = with_idle(adam_class, gradient=gradient, freeze_step=freeze_step, prune_unreached=True)
+    before = idle.detach().clone()
+    for number in range(12):
+        step(number)
+    assert torch.equal(idle, before * keep_mask(before.abs(), 4)) and optimizer.unreached == ["idle"]
+
+
+@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+@pytest.mark.parametrize("first", [2, 10])
+@pytest.mark.parametrize("adam_class", ALSO_TRAINED)
+def test_a_weight_takes_part_from_its_first_gradient_on(adam_class, first, form):
+    """Also when the mask is fixed by then."""
+    step, idle, _, optimizer = with_idle(adam_class, gradient=first, form=form)
+    before = idle.detach().clone()
+    for number in range(first):
+        step(number)
+        assert torch.equal(idle, before) and not optimizer.states[0].dual(0.2).any()
+    step(first)
+    assert optimizer.unreached == [] and not torch.equal(idle, before)
+    for number in range(first + 1, 14):
+        step(number)
+    assert int((idle != 0).sum()) == 4
+    if first > 8:
+        assert torch.equal(idle != 0, keep_mask(before.abs(), 4))
 
 
 def test_fisher_needs_a_second_moment():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from elsa_modifier.admm.bitmask import count_entered, pack_bits, select_by_bits, unpack_bits
 from elsa_modifier.admm.projection import MaskStructure, parse_mask_structure, projection_scores, sparse_mask
-from tests.reference.admm import keep_mask
+from tests.reference.admm import fisher_scores, keep_mask
 
 # Few distinct values make ties; the extremes make overflow and underflow.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 3e-39, 1e-30, -3e38, 3e38]) | st.floats(
@@ -39,7 +39,17 @@ def test_fisher_mask_is_the_twins(v, data):
         **FLOAT32,
     ).view_as(v)
     keep = data.draw(st.integers(0, v.numel()))
-    assert torch.equal(sparse_mask(projection_scores(v, fisher), keep), keep_mask(fisher.sqrt() * v.abs(), keep))
+    assert torch.equal(sparse_mask(projection_scores(v, fisher), keep), keep_mask(fisher_scores(v, fisher), keep))
+
+
+def test_where_the_fisher_is_zero_magnitudes_decide():
+    v = torch.tensor([[0.1, -3.0, 2.0, 0.0, 1e-6, -1.0]])
+    fisher = torch.tensor([[0.0, 0.0, -0.0, 0.0, 1e-20, 0.0]])
+    # The one entry that is known to matter comes first, however small; the others follow by size.
+    for keep, kept in ((1, [4]), (2, [1, 4]), (3, [1, 2, 4]), (4, [1, 2, 4, 5]), (5, [0, 1, 2, 4, 5])):
+        assert sparse_mask(projection_scores(v, fisher), keep).flatten().nonzero().flatten().tolist() == kept
+    structure = MaskStructure(2, 3)
+    assert sparse_mask(projection_scores(v, torch.zeros_like(v)), 0, structure).flatten().tolist() == [0, 1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("size", range(2, 17))

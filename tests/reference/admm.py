@@ -19,6 +19,11 @@ def keep_mask(scores: Tensor, keep: int, group: tuple[int, int] | None = None) -
     return mask.reshape(scores.shape)
 
 
+def fisher_scores(v: Tensor, fisher: Tensor) -> Tensor:
+    """What ranks as ``F v^2``; a Fisher of 0 is the smallest normal number, so that magnitudes decide there."""
+    return torch.where(fisher > 0, fisher, torch.full_like(fisher, 2.0**-126)).sqrt() * v.abs()
+
+
 def stored(values: Tensor, dtype: str, block: int = 256) -> Tensor:
     """What is read back of fp32 values written in a low-precision format, block by block."""
     if dtype == "fp32":
@@ -94,7 +99,7 @@ class TwoTensorADMM:
     def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None) -> None:
         self.set_penalty(penalty)
         v = x + self.u
-        scores = v.abs() if fisher is None else fisher.sqrt() * v.abs()
+        scores = v.abs() if fisher is None else fisher_scores(v, fisher)
         self.mask = keep_mask(scores, self.keep, self.group)
         self.z = stored(v * self.mask, self.dtype)
         self.u = stored(penalty * v * ~self.mask, self.dtype) / penalty if penalty > 0 else torch.zeros_like(v)

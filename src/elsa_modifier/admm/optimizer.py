@@ -59,6 +59,10 @@ class ADMMOptimizer:
     3. at ``freeze_step`` a last projection. From then on the mask is fixed, the penalty gone, and every weight outside
        the mask is exactly zero after each step.
 
+    A weight that has had no gradient, or none but zeros, is as it was: no step, no pull, no mask. Its mask goes by its
+    magnitudes, and is applied in the step of its first gradient if it is fixed by then. ``unreached`` names the weights
+    that wait for theirs; telling takes a device synchronization in a step in which one of them has a gradient of zeros.
+
     ``last_residual`` and ``last_entered`` are the primal residual just before the last projection and how many weights
     entered a mask in it: zero-dimensional tensors on the weights' device.
 
@@ -74,8 +78,9 @@ class ADMMOptimizer:
     :param budget: None keeps ``keep`` entries of each weight. Otherwise all of them together keep as many, and each
         projection decides anew by one threshold how many stay in which weight, between the budget's floor and cap. As
         scores of different weights are compared then, the second moments are corrected for their bias, and a weight
-        that has none yet keeps as many entries as it has. The first masks go by magnitude
+        that has none yet takes no part, with the entries it brings. The first masks go by magnitude
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
+    :param prune_unreached: when the mask is fixed, apply it also to weights without a gradient
     :param state_dtype: what the ADMM state is stored in
     :raises ValueError: for an empty list, an interval below 1, a decoupled penalty outside [0, 1], or a budget that
         is to be shared with an N:M structure or cannot be met within its floor and cap
@@ -94,6 +99,7 @@ class ADMMOptimizer:
         budget: SharedBudget | None = None,
         freeze_step: int,
         state_dtype: StateDtype = "fp32",
+        prune_unreached: bool = False,
     ) -> None:
         if not weights:
             raise ValueError("there is no weight to prune")
@@ -109,6 +115,7 @@ class ADMMOptimizer:
         self.projection = projection
         self.budget = budget
         self.freeze_step = freeze_step
+        self.prune_unreached = prune_unreached
         self.step_count = 0
         self.frozen = False
         self.projection_count = 0
@@ -127,6 +134,7 @@ class ADMMOptimizer:
             for w, keep in zip(self.weights, keeps, strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
+        self._reached: set[int] = set()
         self._rounds_once = base if isinstance(base, RoundsOnce) else None
         # Of every parameter, for the time of a step taken one parameter after another.
         self._group_of: dict[int, dict[str, Any]] = {}
@@ -139,6 +147,7 @@ class ADMMOptimizer:
 
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
+        self._note_gradients([pruned.weight for pruned in self.weights])
         for pruned, state in self._pairs():
             self._before_base_step(pruned.weight, state)
         self._base_step()
@@ -155,6 +164,7 @@ class ADMMOptimizer:
         """
         state = self._state_of.get(id(parameter))
         if state is not None:
+            self._note_gradients([parameter])
             self._before_base_step(parameter, state)
         if not self._group_of:
             self._group_of = {id(p): group for group in self.base.param_groups for p in group["params"]}
@@ -191,7 +201,24 @@ class ADMMOptimizer:
         if self.frozen and state is not None and parameter.grad is not None:
             state.apply_mask_(parameter.grad, self._scratch)
 
+    def _note_gradients(self, weights: Sequence[nn.Parameter]) -> None:
+        """Find first gradients, and drop those of zeros before: base optimizers would make steps and moments of them."""
+        waiting = [w for w in weights if w.grad is not None and not self._is_reached(w)]
+        if not waiting:
+            return
+        found = torch.stack([w.grad.any() for w in waiting if w.grad is not None]).tolist()
+        for weight, is_first in zip(waiting, found, strict=True):
+            if is_first:
+                self._reached.add(id(weight))
+            else:
+                weight.grad = None
+
+    def _is_reached(self, weight: Tensor) -> bool:
+        return id(weight) in self._reached
+
     def _before_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
+        if not self._is_reached(weight):
+            return
         if self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -211,6 +238,8 @@ class ADMMOptimizer:
     def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
         if self._rounds_once is not None and weight.grad is not None:
             return  # has been done in the base step
+        if not self._is_reached(weight):
+            return
         if self.frozen:
             state.apply_mask_(weight, self._scratch)
         elif (penalty := self._pull_penalty()) > 0:
@@ -236,8 +265,13 @@ class ADMMOptimizer:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Kept entries by weight name, bool."""
+        """Kept entries by weight name, bool; of ``unreached`` weights too, to which they may never be applied."""
         return {w.name: s.mask for w, s in self._pairs()}
+
+    @property
+    def unreached(self) -> list[str]:
+        """The weights that have had no gradient, in order."""
+        return [w.name for w in self.weights if not self._is_reached(w.weight)]
 
     @property
     def state_nbytes(self) -> int:
@@ -246,12 +280,16 @@ class ADMMOptimizer:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the pruned weights' entries that the masks leave out."""
-        return 1.0 - sum(w.keep for w in self.weights) / sum(w.weight.numel() for w in self.weights)
+        """Fraction of entries that the masks leave out, over the weights that they are applied to once fixed."""
+        held = [(w, s) for w, s in self._pairs() if self.prune_unreached or self._is_reached(w.weight)]
+        return 1.0 - sum(s.keep for _, s in held) / sum(w.weight.numel() for w, _ in held) if held else 0.0
 
     def residual(self) -> Tensor:
-        """Relative primal residual ``||x - z|| / ||x||`` over all pruned weights: zero-dimensional fp32."""
-        sums = torch.stack([s.residual_sums(w.weight.detach(), self._scratch) for w, s in self._pairs()]).sum(dim=0)
+        """Relative primal residual ``||x - z|| / ||x||`` over all weights with a gradient: zero-dimensional fp32."""
+        sums = torch.zeros(2, device=self.weights[0].weight.device)
+        for pruned, state in self._pairs():
+            if self._is_reached(pruned.weight):
+                sums += state.residual_sums(pruned.weight.detach(), self._scratch)
         return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
     def project(self) -> None:
@@ -263,8 +301,10 @@ class ADMMOptimizer:
             self._share(self.budget, penalty)
         entered = []
         for pruned, state in self._pairs():
+            # Without a gradient there is no pull, and so no dual.
+            own_penalty = penalty if self._is_reached(pruned.weight) else 0.0
             try:
-                entered.append(state.update(pruned.weight, penalty, self._fisher(pruned), self._scratch))
+                entered.append(state.update(pruned.weight, own_penalty, self._fisher(pruned), self._scratch))
             except ValueError as error:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
@@ -273,6 +313,9 @@ class ADMMOptimizer:
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
 
+    def _sizes(self) -> list[int]:
+        return [w.weight.numel() for w in self.weights]
+
     def _keeps_by_magnitude(self, budget: SharedBudget) -> list[int]:
         for w in self.weights:
             if not w.structure.is_unstructured:
@@ -280,7 +323,7 @@ class ADMMOptimizer:
                     f"{w.name} has mask structure {w.structure}, which decides how many entries it keeps; a budget is "
                     "shared by unstructured weights only: leave the budget or the structure out"
                 )
-        sizes = [w.weight.numel() for w in self.weights]
+        sizes = self._sizes()
         total = sum(w.keep for w in self.weights)
         return shared_keeps(
             lambda i: projection_scores(self.weights[i].weight.detach().float()), sizes, total, *budget.limits(sizes)
@@ -289,25 +332,27 @@ class ADMMOptimizer:
     def _share(self, budget: SharedBudget, penalty: float) -> None:
         """Decide how many entries of each weight the projection at this penalty keeps."""
         corrections = self._bias_corrections()
-        sizes = [w.weight.numel() for w in self.weights]
-        smallest, largest = budget.limits(sizes)
-        if self.projection == "fisher":
-            for i, pruned in enumerate(self.weights):
-                if not self.base.state.get(pruned.weight):
-                    smallest[i] = largest[i] = self.states[i].keep
+        smallest, largest = budget.limits(self._sizes())
+        for i, (pruned, state) in enumerate(self._pairs()):
+            state.keep = min(max(pruned.keep, smallest[i]), largest[i])
+        sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
 
-        def scores(i: int) -> Tensor:
+        def scores(position: int) -> Tensor:
             # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
+            i = sharing[position]
             pruned = self.weights[i]
             found = self.states[i].scores(pruned.weight, penalty, self._fisher(pruned), self._scratch)
             return found if corrections[i] == 1.0 else found.mul_(corrections[i])
 
+        sizes, fewest, most = ([of[i] for i in sharing] for of in (self._sizes(), smallest, largest))
+        # Floor and cap may leave those with a gradient no way to meet what all were asked for.
+        total = min(max(sum(self.weights[i].keep for i in sharing), sum(fewest)), sum(most))
         try:
-            keeps = shared_keeps(scores, sizes, sum(w.keep for w in self.weights), smallest, largest)
+            keeps = shared_keeps(scores, sizes, total, fewest, most) if sharing else []
         except ValueError as error:
             raise ValueError(f"sharing the budget at step {self.step_count}: {error}") from error
-        for state, keep in zip(self.states, keeps, strict=True):
-            state.keep = keep
+        for i, keep in zip(sharing, keeps, strict=True):
+            self.states[i].keep = keep
 
     def _bias_corrections(self) -> list[float]:
         """What each weight's scores are multiplied by, as their second moments are averages that started at zero.
@@ -328,7 +373,7 @@ class ADMMOptimizer:
             return None
         moments = self.base.state.get(pruned.weight)
         if not moments:
-            return None  # no gradient yet (an expert without tokens): all its Fisher entries are equally unknown
+            return None  # no gradient yet (an expert without tokens): its magnitudes are all that is known
         if "exp_avg_sq" not in moments:
             raise ValueError(
                 f"projection is 'fisher', but {type(self.base).__name__} keeps no second moment (exp_avg_sq); "
@@ -340,9 +385,7 @@ class ADMMOptimizer:
 
     def _freeze(self) -> None:
         self.frozen = True
-        self._apply_masks()
-
-    @torch.no_grad()
-    def _apply_masks(self) -> None:
-        for pruned, state in self._pairs():
-            state.apply_mask_(pruned.weight, self._scratch)
+        with torch.no_grad():
+            for pruned, state in self._pairs():
+                if self.prune_unreached or self._is_reached(pruned.weight):
+                    state.apply_mask_(pruned.weight, self._scratch)

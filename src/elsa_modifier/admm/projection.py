@@ -58,13 +58,14 @@ def parse_mask_structure(text: str) -> MaskStructure:
 def projection_scores(v: Tensor, fisher: Tensor | None = None) -> Tensor:
     """Saliency of each entry of ``v``: a monotone transform of ``F v^2`` (section 3.2), or ``|v|`` without a Fisher.
 
-    ``sqrt(F) |v|`` ranks as ``F v^2`` does, without the underflow of squaring two small numbers.
+    ``sqrt(F) |v|`` ranks as ``F v^2`` does, without the underflow of squaring two small numbers. A Fisher of 0, of which
+    nothing is known but that, counts as the smallest normal number: among such entries the larger ones stay.
 
     :param v: the point to project, ``x + u``; any shape, floating point
     :param fisher: diagonal of the empirical Fisher (Adam's second moment), the shape of ``v``, non-negative
     """
     # The absolute value comes last: a root of -0.0 would leave its sign.
-    return v.abs() if fisher is None else fisher.sqrt().mul_(v).abs_()
+    return v.abs() if fisher is None else fisher.clamp_min(torch.finfo(fisher.dtype).tiny).sqrt_().mul_(v).abs_()
 
 
 def sparse_mask(scores: Tensor, keep: int, structure: MaskStructure | None = None) -> Tensor:
