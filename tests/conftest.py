@@ -50,13 +50,17 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", model_max_length=64
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,10 @@ from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
 from elsa_modifier.fields import Budget, Penalty, refuse_two_state_dtypes
+from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
 from elsa_modifier.quantization.modifier import keep_zeros, release
+from elsa_modifier.saved_keys import experts_to_fuse
 from elsa_modifier.saving import extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.base_optimizer import (
@@ -30,10 +32,12 @@ from elsa_modifier.training.base_optimizer import (
     build_base_optimizer,
     check_optimizer,
 )
+from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_without_causal_loss
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
+from elsa_modifier.unreached import warn_of_unreached
 from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
@@ -75,6 +79,8 @@ class ELSAModifier(Modifier):
         :class:`~elsa_modifier.fields.Budget`
     :param targets: modules to prune: names, classes, or ``re:`` patterns
     :param ignore: modules of those that stay dense
+    :param prune_unreached: prune targets that have no gradient in the whole run too (a vision tower, an expert without
+        a token), by magnitude. Otherwise they stay as they were, and a warning names them
     :param steps: optimizer steps
     :param batch_size: sequences in a forward pass; a DataLoader of your own brings its own
     :param gradient_accumulation_steps: forward passes in an optimizer step
@@ -112,6 +118,7 @@ class ELSAModifier(Modifier):
     shared_budget: Budget | None = None
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    prune_unreached: bool = False
     steps: int = Field(4096, ge=1)
     batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -136,6 +143,8 @@ class ELSAModifier(Modifier):
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
+    _unreached: list[str] = PrivateAttr(default_factory=list)
+    _experts: dict[str, FusedLayout] = PrivateAttr(default_factory=dict)
     _frozen: frozenset[str] = PrivateAttr(default_factory=frozenset)
     _later: list[Modifier] = PrivateAttr(default_factory=list)
 
@@ -215,12 +224,18 @@ class ELSAModifier(Modifier):
         """After training: kept entries of each pruned module's weight, bool, by module name, on the CPU."""
         return {name: unpack_bits(bits, shape) for name, (bits, shape) in self._masks.items()}
 
+    @property
+    def unreached(self) -> list[str]:
+        """After training: the targets that had no gradient and were left as they were."""
+        return self._unreached
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check model, data and recipe against each other, before the first step of any modifier.
 
         :raises ValueError: if the run cannot work; the message says which field to change
         """
         refuse_launchers()
+        refuse_encoder_decoder(state.model)
         refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
         targets = self._find_targets(state.model)
         self._frozen = frozen_parameters(state.model, targets)
@@ -232,6 +247,7 @@ class ELSAModifier(Modifier):
         check_recipe(recipe, state.model)
         check_unquantized(state.model)
         check_values(state.model)
+        self._experts = experts_to_fuse(state.model)
         keep_in_recipe_file(recipe)
         self._later = following(self, recipe)
         return True
@@ -264,6 +280,7 @@ class ELSAModifier(Modifier):
             ),
             torch.random.fork_rng(),
         ):
+            refuse_without_causal_loss(model, autocast=self.precision == "bf16")
             torch.manual_seed(self.seed)
             targets = self._find_targets(model)
             optimizer = self._build_optimizer(model, targets)
@@ -285,7 +302,11 @@ class ELSAModifier(Modifier):
                 history=self._history,
                 gradient_release=self.gradient_release,
             )
+            warn_of_unreached(optimizer.unreached, targets=len(targets), pruned=self.prune_unreached)
+            self._unreached = [] if self.prune_unreached else optimizer.unreached
             for target, pair in zip(targets, optimizer.states, strict=True):
+                if target.name in self._unreached:
+                    continue
                 self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
                 target.weight.data.masked_fill_(~pair.mask, 0.0)
@@ -317,11 +338,15 @@ class ELSAModifier(Modifier):
                 if still:
                     raise RuntimeError(f"{still} pruned weights of {name} are not zero and cannot be set to zero")
         message = f"ELSA: {pruned:,} pruned weights; zero before {pruned - lost:,}, after {pruned:,}"
+        if self._unreached:
+            message += f"; {len(self._unreached)} targets without a gradient are as they were"
         if lost:
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
         else:
             logger.info(message)
-        extend_save_pretrained(state.model, history=self._history_json(), checkpoint=self.checkpoint)
+        extend_save_pretrained(
+            state.model, history=self._history_json(), checkpoint=self.checkpoint, experts=self._experts
+        )
         return True
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
@@ -352,6 +377,7 @@ class ELSAModifier(Modifier):
             budget=self.shared_budget.among(targets) if self.shared_budget else None,
             freeze_step=freeze_step,
             state_dtype=self.state_dtype,
+            prune_unreached=self.prune_unreached,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:
@@ -375,7 +401,10 @@ class ELSAModifier(Modifier):
 
     def _history_json(self) -> str:
         recipe = {k: v for k, v in self.model_dump().items() if not k.endswith("_")}
-        return json.dumps({"modifier": recipe, "steps": [record.as_dict() for record in self._history]}, indent=1)
+        return json.dumps(
+            {"modifier": recipe, "unreached": self._unreached, "steps": [record.as_dict() for record in self._history]},
+            indent=1,
+        )
 
 
 def _first_token(token: int | list[int] | None) -> int | None:

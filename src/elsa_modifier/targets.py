@@ -9,6 +9,7 @@ from compressed_tensors.utils.match import is_match
 from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from elsa_modifier.admm.projection import MaskStructure
 
@@ -29,7 +30,7 @@ class Target:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The module's weight, (out, in)."""
+        """The module's weight, (out, in); of a Conv1D (in, out)."""
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -46,23 +47,32 @@ def find_targets(
     """The modules to prune, in the model's order, each weight once.
 
     :param targets: module names, classes, or ``re:`` patterns, as everywhere in llm-compressor
-    :param ignore: the same; these stay dense
+    :param ignore: the same; these stay dense. ``lm_head`` is the output embedding, whatever its class calls it
     :param sparsity: fraction of zeros, for all or by pattern; the first pattern that matches decides, and a target that
         none matches stays dense
-    :raises ValueError: if nothing matches, a pattern matches nothing, or a weight does not fit the mask structure
+    :raises ValueError: if nothing matches, a pattern matches nothing, or a weight does not fit the mask structure, as
+        that of a Conv1D, (in, out), never does
     """
     # Without it an offloaded weight would be a new tensor at every look, and what is tied could not be told.
     with OffloadCache.disable_onloading():
         matched = [(n, m, getattr(m, "weight", None)) for n, m in match_named_modules(model, targets, ignore)]
+        head = model.get_output_embeddings() if "lm_head" in ignore else None
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     unmatched = set(sparsity) if isinstance(sparsity, Mapping) else set()
     seen: set[int] = set()
     found = []
     for name, module, weight in matched:
+        if module is head:
+            continue
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"targets matches {name} ({type(module).__name__}), which has no floating-point weight matrix; "
                 "name only Linear modules in targets, or list this one in ignore"
+            )
+        if isinstance(module, Conv1D) and not structure.is_unstructured:
+            raise ValueError(
+                f"mask_structure is {structure}, but {name} is a Conv1D, whose weight is (in, out), so the "
+                "pattern would not lie along its inputs; leave mask_structure out"
             )
         if id(weight) in embeddings:
             logger.warning(f"{name} shares its weight with an embedding and stays dense.")
@@ -82,7 +92,10 @@ def find_targets(
     if unmatched:
         raise ValueError(f"sparsity has patterns that match no target: {sorted(unmatched)}; correct or remove them")
     if not found:
-        raise ValueError(f"targets {list(targets)} without ignore {list(ignore)} match no module of the model")
+        hint = ""
+        if any(isinstance(m, Conv1D) for m in model.modules()):
+            hint = "; its matrices are in Conv1D modules, so set targets to [Conv1D]"
+        raise ValueError(f"targets {list(targets)} without ignore {list(ignore)} match no module of the model{hint}")
     return found
 
 

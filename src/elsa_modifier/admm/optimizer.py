@@ -202,7 +202,7 @@ class ADMMOptimizer:
             state.apply_mask_(parameter.grad, self._scratch)
 
     def _note_gradients(self, weights: Sequence[nn.Parameter]) -> None:
-        """Find first gradients, and drop those of zeros before: base optimizers would make steps and moments of them."""
+        """Find first gradients, and drop zeros before them, of which base optimizers would make steps and moments."""
         waiting = [w for w in weights if w.grad is not None and not self._is_reached(w)]
         if not waiting:
             return

@@ -58,8 +58,8 @@ def parse_mask_structure(text: str) -> MaskStructure:
 def projection_scores(v: Tensor, fisher: Tensor | None = None) -> Tensor:
     """Saliency of each entry of ``v``: a monotone transform of ``F v^2`` (section 3.2), or ``|v|`` without a Fisher.
 
-    ``sqrt(F) |v|`` ranks as ``F v^2`` does, without the underflow of squaring two small numbers. A Fisher of 0, of which
-    nothing is known but that, counts as the smallest normal number: among such entries the larger ones stay.
+    ``sqrt(F) |v|`` ranks as ``F v^2`` does, without the underflow of squaring two small numbers. A Fisher of 0 counts
+    as the smallest normal number: among entries of which no more is known, the larger ones stay.
 
     :param v: the point to project, ``x + u``; any shape, floating point
     :param fisher: diagonal of the empirical Fisher (Adam's second moment), the shape of ``v``, non-negative
