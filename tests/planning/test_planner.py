@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from elsa_cli.main import app
 from elsa_modifier import ELSAModifier
 from elsa_modifier.planning import Planner, find_remedy, modifier_of_recipe
-from elsa_sparse.cli import app
 from tests.conftest import CONFIGS
 
 ROOT = Path(__file__).parents[2]

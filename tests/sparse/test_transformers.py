@@ -129,7 +129,7 @@ def test_the_hint_for_transformers_alone_is_not_of_the_model(sparse, tmp_path):
 def test_the_format_needs_nothing_that_prunes():
     """What a vLLM server imports of this package."""
     script = (
-        "import sys, elsa_sparse, elsa_sparse.opening, elsa_sparse.cli; "
+        "import sys, elsa_sparse, elsa_sparse.opening, elsa_sparse.inspecting; "
         "print([m for m in ('llmcompressor', 'elsa_modifier', 'transformers', 'compressed_tensors', 'accelerate', "
         "'datasets', 'pydantic') if m in sys.modules])"
     )

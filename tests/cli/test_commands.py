@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from elsa_sparse.cli import app
+from elsa_cli.main import app
 from tests.sparse.test_writing import OLD_FORMAT, assert_same_tensors
 
 

@@ -1,0 +1,58 @@
+"""``elsa inspect``."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from elsa_cli.output import Source, errors_in_words, megabytes
+from elsa_sparse.inspecting import Row, by_layer, summarize
+from elsa_sparse.inspecting import inspect as inspect_checkpoint
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    directory: Source,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor instead of every layer.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every tensor of a sparse checkpoint and check it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: total, layers and tensors.")] = False,
+) -> None:
+    """List a checkpoint's sparsity and size, layer by layer. Dense checkpoints too."""
+    with errors_in_words():
+        rows = inspect_checkpoint(directory, verify=verify)
+    layers, total = by_layer(rows), summarize("total", rows)
+    if as_json:
+        document = {"total": _as_json(total), "layers": [*map(_as_json, layers)], "tensors": [*map(_as_json, rows)]}
+        print(json.dumps(document, indent=1))
+        return
+    table = Table(title=str(directory), caption="sparsity: of matrices. ratio: dense bytes for each that is stored.")
+    table.add_column("tensor" if tensors else "layer", overflow="fold", ratio=1)
+    table.add_column("stored as")
+    for column in ("sparsity", "dense MB", "stored MB", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows if tensors else layers:
+        table.add_row(*_cells(row))
+    table.add_section()
+    table.add_row(*_cells(total), style="bold")
+    Console().print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.name,
+        ", ".join(row.encodings),
+        f"{row.sparsity:.2%}",
+        megabytes(row.dense_bytes),
+        megabytes(row.stored_bytes),
+        f"{row.ratio:.2f}",
+    ]
+
+
+def _as_json(row: Row) -> dict[str, object]:
+    return asdict(row) | {"ratio": row.ratio}

@@ -1,0 +1,37 @@
+"""``elsa plan``."""
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elsa_cli.output import errors_in_words
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory with a config.json, or a name on the hub. No weights.")
+    ],
+    recipe: Annotated[
+        Path, typer.Option(help="Recipe with an ELSAModifier.", exists=True, dir_okay=False, show_default=False)
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1)] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0)] = 80.0,
+    tflops: Annotated[
+        float,
+        typer.Option(help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6),
+    ] = 400.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, memory in bytes.")] = False,
+) -> None:
+    """Say what memory and time a run will take, and what would make it fit. Exit status 1 if it does not fit."""
+    with errors_in_words(status=2):
+        # llm-compressor, which only this command needs, logs to what is stdout when it is imported.
+        with redirect_stdout(sys.stderr):
+            from elsa_modifier.planning.command import run
+
+        fits = run(model, recipe, gpus=gpus, gpu_memory=gpu_memory, tflops=tflops, json_output=as_json)
+    raise typer.Exit(0 if fits else 1)

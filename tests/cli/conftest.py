@@ -1,0 +1,3 @@
+from tests.sparse.conftest import edit_config, pruned, sparse
+
+__all__ = ["edit_config", "pruned", "sparse"]
