@@ -23,6 +23,9 @@ from elsa_sparse.symbols import from_symbols, to_symbols
 
 __all__ = ["PARTS", "decode_bitmask", "encode_bitmask"]
 
+# Bits that are unpacked to bytes at once, or those of a row, if that has more.
+_CHUNK = 1 << 20
+
 PARTS = ("bitmask", "compressed", "row_offsets", "shape")
 
 
@@ -47,7 +50,7 @@ def encode_bitmask(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def decode_bitmask(parts: dict[str, Tensor]) -> Tensor:
-    """The dense tensor, allocating at most 64 times the size of its parts.
+    """The dense tensor, of at most 64 times the size of its parts; allocates at most twice its size beside them.
 
     :raises SparseCheckpointError: if the parts contradict each other
     """
@@ -63,19 +66,24 @@ def decode_bitmask(parts: dict[str, Tensor]) -> Tensor:
         )
     if compressed.dim() != 1 or row_offsets.dtype != torch.int64 or tuple(row_offsets.shape) != (rows,):
         raise SparseCheckpointError(f"compressed has to be flat and row_offsets int64 of {(rows,)}")
-    bits = np.unpackbits(bitmask.numpy(), axis=1, bitorder="little").view(bool)
-    if bits[:, columns:].any():
-        raise SparseCheckpointError(f"the bitmask has bits beyond its {columns} columns")
-    mask = bits[:, :columns]
-    counts = np.count_nonzero(mask, axis=1)
-    if int(counts.sum()) != compressed.numel():
-        raise SparseCheckpointError(
-            f"the bitmask has {int(counts.sum()):,} bits, compressed {compressed.numel():,} values"
-        )
-    if not np.array_equal(np.cumsum(counts) - counts, row_offsets.numpy()):
-        raise SparseCheckpointError("row_offsets do not agree with the bitmask")
     width = 8 * compressed.element_size()
     values = to_symbols(compressed, width)
     symbols = np.zeros((rows, columns), values.dtype)
-    symbols[mask] = values
+    counts = np.empty(rows, np.int64)
+    read, step = 0, max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        bits = np.unpackbits(bitmask.numpy()[block], axis=1, bitorder="little").view(bool)
+        if bits[:, columns:].any():
+            raise SparseCheckpointError(f"the bitmask has bits beyond its {columns} columns")
+        mask = bits[:, :columns]
+        counts[block] = np.count_nonzero(mask, axis=1)
+        count = int(counts[block].sum())
+        if read + count <= values.size:
+            symbols[block][mask] = values[read : read + count]
+        read += count
+    if read != values.size:
+        raise SparseCheckpointError(f"the bitmask has {read:,} bits, compressed {values.size:,} values")
+    if not np.array_equal(np.cumsum(counts) - counts, row_offsets.numpy()):
+        raise SparseCheckpointError("row_offsets do not agree with the bitmask")
     return from_symbols(symbols.reshape(-1), width, compressed.dtype, dimensions)

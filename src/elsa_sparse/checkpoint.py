@@ -11,19 +11,18 @@ The shards are not called ``model-...`` on purpose: whatever does not know the f
 instead of initializing one at random.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elsa_sparse.entry import TensorEntry, decode
+from elsa_sparse.entry import TensorEntry, check_sizes, decode
 from elsa_sparse.errors import SparseCheckpointError
-from elsa_sparse.symbols import SAFETENSORS_DTYPES
+from elsa_sparse.files import read_json
+from elsa_sparse.headers import PartHeader, read_header
 
 __all__ = [
     "CONFIG_FILE",
@@ -40,22 +39,6 @@ CONFIG_FILE = "config.json"
 CONFIG_KEY = "elsa_sparse"
 FORMAT_VERSION = 1
 INDEX_FILE = "sparse-model.safetensors.index.json"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    :raises SparseCheckpointError: if there is no such file or it holds anything else
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SparseCheckpointError("there is no such file: the checkpoint is not complete", file=file) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise SparseCheckpointError(f"cannot be read as JSON: {error}", file=file) from error
-    if not isinstance(data, dict):
-        raise SparseCheckpointError("is not a JSON object", file=file)
-    return data
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:
@@ -82,28 +65,38 @@ class Shards:
     def __init__(self, directory: Path, files: list[str]) -> None:
         self.directory = directory
         self._open: dict[str, Any] = {}
+        self._headers: dict[str, PartHeader] = {}
         self.file_of: dict[str, str] = {}
+        try:
+            self._open_all(files)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_all(self, files: list[str]) -> None:
         for file in files:
-            path = directory / file
-            if Path(file).name != file or not path.is_file():
+            path = self.directory / file
+            if Path(file).name != file:
                 raise SparseCheckpointError("there is no such file in the checkpoint", file=path)
+            header = read_header(path)
             try:
                 shard: Any = safe_open(path, framework="pt")
                 shard.__enter__()
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, MemoryError) as error:
                 raise SparseCheckpointError(f"is truncated or not a safetensors file: {error}", file=path) from error
             self._open[file] = shard
             for part in shard.keys():  # noqa: SIM118  (not a mapping)
                 if part in self.file_of:
                     raise SparseCheckpointError(f"{part} is also in {self.file_of[part]}", file=path)
                 self.file_of[part] = file
+            self._headers |= header
 
     def read(self, part: str) -> Tensor:
         """One part, from disk."""
         file = self.file_of[part]
         try:
             tensor: Tensor = self._open[file].get_tensor(part)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise SparseCheckpointError(f"{part} cannot be read: {error}", file=self.directory / file) from error
         return tensor
 
@@ -112,18 +105,13 @@ class Shards:
         metadata: dict[str, str] | None = self._open[file].metadata()
         return metadata
 
-    def describe(self, part: str) -> tuple[torch.dtype, torch.Size]:
+    def describe(self, part: str) -> PartHeader:
         """A part's dtype and shape, from the header."""
-        file = self.file_of[part]
-        piece = self._open[file].get_slice(part)
-        if piece.get_dtype() not in SAFETENSORS_DTYPES:
-            raise SparseCheckpointError(f"{part} is {piece.get_dtype()}", file=self.directory / file)
-        return SAFETENSORS_DTYPES[piece.get_dtype()], torch.Size(piece.get_shape())
+        return self._headers[part]
 
     def bytes_of(self, part: str) -> int:
         """Size of a part."""
-        dtype, shape = self.describe(part)
-        return shape.numel() * dtype.itemsize
+        return self._headers[part].bytes
 
     def close(self) -> None:
         for shard in self._open.values():
@@ -160,6 +148,7 @@ class SparseCheckpoint:
         try:
             _check_files(shards, index)
             order = _check_parts(shards, entries)
+            _check_sizes(shards, entries)
         except BaseException:
             shards.close()
             raise
@@ -218,7 +207,7 @@ def _read_table(config: dict[str, Any], file: Path) -> dict[str, TensorEntry]:
     version = stated.get("version") if isinstance(stated, dict) else None
     if version != FORMAT_VERSION or type(version) is not int:
         raise SparseCheckpointError(
-            f"{CONFIG_KEY}.version is {version!r}; this version of elsa-modifier reads {FORMAT_VERSION}", file=file
+            f"{CONFIG_KEY}.version is {version!r:.80}; this version of elsa-modifier reads {FORMAT_VERSION}", file=file
         )
     if stated.keys() != {"version", "tensors"} or not isinstance(stated["tensors"], dict):
         raise SparseCheckpointError(f"{CONFIG_KEY} has to hold version and tensors, and nothing else", file=file)
@@ -241,7 +230,8 @@ def _check_files(shards: Shards, index: dict[str, Any]) -> None:
         if shards.metadata(file) != {"format": "pt"}:
             raise SparseCheckpointError('its header\'s metadata is not {"format": "pt"}', file=shards.directory / file)
     total = sum(shards.bytes_of(part) for part in shards.file_of)
-    if index != {"metadata": {"total_size": total}, "weight_map": weight_map}:
+    metadata = {"total_size": total}
+    if index != {"metadata": metadata, "weight_map": weight_map} or type(index["metadata"]["total_size"]) is not int:
         raise SparseCheckpointError(f"metadata has to be a total_size of {total}", file=index_file)
 
 
@@ -261,3 +251,11 @@ def _check_parts(shards: Shards, entries: dict[str, TensorEntry]) -> list[str]:
         if part not in owner:
             raise SparseCheckpointError(f"{part} belongs to no tensor in config.json", file=shards.directory / file)
     return list(dict.fromkeys(owner[part] for part in shards.file_of))
+
+
+def _check_sizes(shards: Shards, entries: dict[str, TensorEntry]) -> None:
+    try:
+        for entry in entries.values():
+            check_sizes(entry, sum(shards.bytes_of(part) for part in entry.parts.values()))
+    except SparseCheckpointError as error:
+        raise SparseCheckpointError(str(error), file=shards.directory / CONFIG_FILE) from error

@@ -14,8 +14,9 @@ Deflate without matches (``Z_HUFFMAN_ONLY``) is the coder: it adapts every 32 Ki
 library, and on these streams is smaller than zstd at any level (``benchmarks.checkpoint_size``).
 """
 
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ Bytes = NDArray[np.uint8]
 _ESCAPE = 255
 # Symbols (coding) or gaps (decoding) handled at once: bounds the memory of 8-byte positions, and fits the cache.
 _CHUNK = 1 << 20
+# Bytes of a deflate stream given to the decoder at once.
+_SLICE = 1 << 16
 # Fewer fills than this and a gap for each other symbol costs more than the fills do.
 _WORTH_A_MASK = 0.05
 # Bits of entropy a byte above which coding gains less than it costs in time.
@@ -167,23 +170,39 @@ def encode_coded(tensor: Tensor) -> tuple[CodedLayout, dict[str, Tensor]]:
     return min(attempts, key=lambda attempt: sum(part.numel() for part in attempt[1].values()))
 
 
-def _inflate(stream: memoryview, length: int, name: str) -> bytes:
+def _inflated(stream: memoryview, length: int, name: str) -> Iterator[Bytes]:
+    """The bytes of a deflate stream, in pieces; never more than ``length`` and one."""
     coder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        # One byte more than allowed tells a stream that is too long from one that ends in time.
-        decoded = coder.decompress(stream, length + 1)
-    except zlib.error as error:
-        raise SparseCheckpointError(f"{name} is not a deflate stream: {error}") from error
-    if len(decoded) != length or not coder.eof or coder.unused_data:
-        raise SparseCheckpointError(f"{name} does not decode to the {length:,} bytes it should")
-    return decoded
+    left = length
+    # What a call leaves over of its input is copied, so each gets little. The last ones ask for what is still inside.
+    for start in [*range(0, len(stream), _SLICE), len(stream)]:
+        given: memoryview | bytes = stream[start : start + _SLICE]
+        while not coder.eof:
+            try:
+                # One byte more than allowed tells a stream that is too long from one that ends in time.
+                piece = coder.decompress(given, min(_CHUNK, left + 1))
+            except zlib.error as error:
+                raise SparseCheckpointError(f"{name} is not a deflate stream: {error}") from error
+            left -= len(piece)
+            if left < 0:
+                raise SparseCheckpointError(f"{name} does not decode to the {length:,} bytes it should, but more")
+            if piece:
+                yield np.frombuffer(piece, np.uint8)
+            given = coder.unconsumed_tail
+            if not given and not piece:
+                break
+        if coder.eof and (coder.unused_data or start + _SLICE < len(stream)):
+            raise SparseCheckpointError(f"{name} does not decode to the {length:,} bytes it should: it goes on after")
+    if left or not coder.eof:
+        raise SparseCheckpointError(
+            f"{name} does not decode to the {length:,} bytes it should, but to {length - left:,}"
+        )
 
 
-def _positions(gaps: Bytes, kept: int, size: int) -> Iterator[NDArray[np.int64]]:
+def _positions(gaps: Iterable[Bytes], kept: int, size: int) -> Iterator[NDArray[np.int64]]:
     """Positions of the kept symbols, chunk by chunk."""
     found, last = 0, -1
-    for start in range(0, gaps.size, _CHUNK):
-        chunk = gaps[start : start + _CHUNK]
+    for chunk in gaps:
         ends_in_symbol = chunk != _ESCAPE
         steps = chunk.astype(np.int64)
         steps += ends_in_symbol
@@ -200,46 +219,50 @@ def _positions(gaps: Bytes, kept: int, size: int) -> Iterator[NDArray[np.int64]]
         raise SparseCheckpointError(f"gaps hold {found:,} positions, not {kept:,}")
 
 
-def _read_stream(layout: CodedLayout, parts: dict[str, Tensor], name: str, length: int) -> Bytes:
+def _read_stream(layout: CodedLayout, parts: dict[str, Tensor], name: str, length: int) -> Iterator[Bytes]:
+    """A stream's bytes, in pieces of at most ``_CHUNK``."""
     part = parts[name]
     if part.dtype != torch.uint8 or part.dim() != 1:
         raise SparseCheckpointError(f"{name} is {part.dtype} {tuple(part.shape)}, not bytes")
     if name in layout.deflated:
-        return np.frombuffer(_inflate(part.numpy().data, length, name), np.uint8)
+        return _inflated(part.numpy().data, length, name)
     if part.numel() != length:
         raise SparseCheckpointError(f"{name} has {part.numel():,} bytes, not {length:,}")
     stream: Bytes = part.numpy()
-    return stream
+    return (stream[start : start + _CHUNK] for start in range(0, length, _CHUNK))
 
 
 def decode_coded(layout: CodedLayout, parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The dense tensor. Allocates what the layout, dtype and shape ask for: check those against the parts' size first.
+    """The dense tensor. Allocates twice its size, or four times where symbols have 4 bits, and some chunks.
+
+    Sizes in the layout have to be checked against the shape, and that against the parts' size, before.
 
     :raises SparseCheckpointError: if the streams contradict the layout or each other
     """
     bits = layout.symbol_bits
-    size = int(np.prod(shape, dtype=object)) * dtype.itemsize * 8 // bits
-    gaps = None
+    size = math.prod(shape) * dtype.itemsize * 8 // bits
     by_byte = np.empty((layout.kept, max(1, bits // 8)), np.uint8)
-    for name, length in layout.streams.items():
-        stream = _read_stream(layout, parts, name, length)
-        if name == "gaps":
-            gaps = stream
-        else:
-            by_byte[:, int(name.removeprefix("plane"))] = stream
+    streams = layout.streams
+    gap_bytes = streams.pop("gaps", None)
+    for i, (name, length) in enumerate(streams.items()):
+        read = 0
+        for piece in _read_stream(layout, parts, name, length):
+            by_byte[read : read + piece.size, i] = piece
+            read += piece.size
     if bits == 4 and layout.kept and int(by_byte.max()) > 15:
         raise SparseCheckpointError("plane0 holds symbols of more than 4 bits")
     kept: Symbols = by_byte.reshape(-1).view(symbol_dtype(bits))
     if _rotates(dtype, bits):
         _rotate_right_(kept, bits)
-    if gaps is None:
+    if gap_bytes is None:
         if layout.kept != size:
             raise SparseCheckpointError(f"{layout.kept:,} symbols are stored of {size:,}, and no gaps")
         return from_symbols(kept, bits, dtype, shape)
 
     symbols = np.full(size, layout.fill, symbol_dtype(bits)) if layout.fill else np.zeros(size, symbol_dtype(bits))
     read = 0
-    for positions in _positions(gaps, layout.kept, size):
+    for positions in _positions(_read_stream(layout, parts, "gaps", gap_bytes), layout.kept, size):
         symbols[positions] = kept[read : read + positions.size]
         read += positions.size
+    del by_byte, kept
     return from_symbols(symbols, bits, dtype, shape)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elsa_sparse.bitmask import PARTS
 from elsa_sparse.checkpoint import CONFIG_FILE, Shards, SparseCheckpoint, read_json, read_weight_map
 from elsa_sparse.entry import TensorEntry, sparsity_of
@@ -88,16 +90,19 @@ def _bitmask_entry(shards: Shards, name: str, prefix: str) -> TensorEntry:
     missing = [suffix for suffix in PARTS if f"{prefix}.{suffix}" not in shards.file_of]
     if missing:
         raise SparseCheckpointError(f"{prefix}.{missing[0]} is missing", file=file, tensor=name)
-    _, dimensions = shards.describe(f"{prefix}.shape")
-    if dimensions.numel() > 16:
-        raise SparseCheckpointError(f"{prefix}.shape has {dimensions.numel()} entries", file=file, tensor=name)
+    stated = shards.describe(f"{prefix}.shape")
+    if stated.dtype != torch.int64 or len(stated.shape) != 1 or not 1 <= stated.shape[0] <= 16:
+        raise SparseCheckpointError(f"{prefix}.shape is not a list of 1 to 16 dimensions", file=file, tensor=name)
     shape = tuple(shards.read(f"{prefix}.shape").tolist())
+    width = (math.prod(shape[:-1]), -(-shape[-1] // 8))
+    if min(shape) < 0 or shards.describe(f"{prefix}.bitmask").shape != width:
+        raise SparseCheckpointError(f"shape {shape} needs a bitmask of {width}", file=file, tensor=name)
     dtype, values = shards.describe(f"{prefix}.compressed")
     return TensorEntry(
         name=name,
         encoding="bitmask",
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
-        sparsity=1 - values.numel() / max(1, math.prod(shape)),
+        sparsity=max(0.0, 1 - values.numel() / max(1, math.prod(shape))),
         prefix=prefix,
     )

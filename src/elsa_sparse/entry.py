@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -13,9 +14,9 @@ from torch import Tensor
 from elsa_sparse.bitmask import PARTS, decode_bitmask, encode_bitmask
 from elsa_sparse.coded import CodedLayout, decode_coded, encode_coded
 from elsa_sparse.errors import SparseCheckpointError
-from elsa_sparse.symbols import DTYPES, raw_bytes, to_symbols
+from elsa_sparse.symbols import DTYPES, count_negative_zeros, count_symbols, raw_bytes, with_positive_zeros
 
-__all__ = ["ENCODINGS", "Encoding", "TensorEntry", "decode", "encode", "sparsity_of"]
+__all__ = ["ENCODINGS", "Encoding", "TensorEntry", "check_sizes", "decode", "encode", "sparsity_of"]
 
 Encoding = Literal["dense", "bitmask", "coded"]
 ENCODINGS: tuple[Encoding, ...] = ("dense", "bitmask", "coded")
@@ -23,6 +24,7 @@ ENCODINGS: tuple[Encoding, ...] = ("dense", "bitmask", "coded")
 # A tensor may be this many times the size of its parts. Coded tensors that would be more (nearly all zero) are stored
 # as bitmasks, which have a limit of their own, so that a small file cannot ask for a large allocation.
 MAX_EXPANSION = 256
+MAX_BITMASK_EXPANSION = 64
 # What another entry in config.json and more parts in a file's header cost, in bytes, about.
 _OVERHEAD = 512
 
@@ -35,7 +37,7 @@ class TensorEntry:
     :param encoding: ``dense``, ``bitmask`` or ``coded``
     :param dtype: key of :data:`~elsa_sparse.symbols.DTYPES`
     :param shape: of the dense tensor
-    :param sparsity: fraction of zeros; for packed integers, of their most common value
+    :param sparsity: fraction of zeros of either sign; for packed integers, of their most common value
     :param sha256: of the stored parts and of this entry, see :func:`digest`; None in checkpoints of compressed-tensors
     :param layout: of a coded tensor, else None
     :param prefix: what the parts' names begin with, if not ``name``: compressed-tensors left out ``.weight``
@@ -84,23 +86,31 @@ class TensorEntry:
         if not isinstance(data, dict):
             raise SparseCheckpointError("its entry is not an object", tensor=name)
         read = _FieldReader(name, data)
-        encoding = read("encoding", lambda v: v in ENCODINGS, "one of " + ", ".join(ENCODINGS))
+        encoding = read("encoding", lambda v: isinstance(v, str) and v in ENCODINGS, "one of " + ", ".join(ENCODINGS))
         dtype = read("dtype", lambda v: isinstance(v, str) and v in DTYPES, "one of " + ", ".join(DTYPES))
         shape = read(
             "shape", lambda v: isinstance(v, list) and len(v) <= 16 and all(map(_is_count, v)), "a list of dimensions"
         )
+        if math.prod(max(1, count) for count in shape) * DTYPES[dtype].itemsize >= 2**63:
+            raise SparseCheckpointError(f"shape is {shape}; no tensor is that large", tensor=name)
         sparsity = read("sparsity", lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1")
-        sha256 = read("sha256", lambda v: isinstance(v, str) and len(v) == 64, "64 hexadecimal digits")
+        sha256 = read(
+            "sha256",
+            lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None,
+            "64 hexadecimal digits",
+        )
         layout = None
         if encoding == "coded":
             width = 8 * DTYPES[dtype].itemsize
-            bits = read("symbol_bits", lambda v: v in (4, 8, 16, 32, 64) and v <= width, f"4 to {width}")
+            bits = read(
+                "symbol_bits", lambda v: type(v) is int and v in (4, 8, 16, 32, 64) and v <= width, f"4 to {width}"
+            )
             layout = CodedLayout(
                 symbol_bits=bits,
                 fill=read("fill", lambda v: _is_count(v) and v < 2**bits, f"0 to {2**bits - 1}"),
                 kept=read("kept", _is_count, "a count"),
                 gap_bytes=read("gap_bytes", lambda v: v is None or _is_count(v), "a count or null"),
-                deflated=tuple(read("deflated", lambda v: isinstance(v, list), "a list of streams")),
+                deflated=tuple(read("deflated", _is_list_of_names, "a list of streams, none of them twice")),
             )
             if not set(layout.deflated) <= set(layout.streams):
                 raise SparseCheckpointError(
@@ -140,6 +150,14 @@ class _FieldReader:
         return [field for field in self._data if field not in self._read]
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value) and len(set(value)) == len(value)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
@@ -157,20 +175,43 @@ def digest(entry: TensorEntry, parts: Mapping[str, Tensor]) -> str:
 
 
 def sparsity_of(tensor: Tensor, layout: CodedLayout | None = None) -> float:
-    """Fraction of a tensor's symbols that are the fill, to 6 digits; zero, an element a symbol, without a layout."""
+    """Fraction of zeros of either sign, to 6 digits; for packed integers, of the layout's fill.
+
+    :param layout: of a coded tensor; an element is a symbol, and the fill zero, without one
+    """
     bits, fill = (layout.symbol_bits, layout.fill) if layout is not None else (8 * tensor.element_size(), 0)
-    symbols = to_symbols(tensor, bits)
+    count = count_symbols(tensor, bits, fill)
+    if fill == 0 and bits == 8 * tensor.element_size():
+        count += count_negative_zeros(tensor)
+    return _fraction(count, tensor, bits)
+
+
+def _fraction(count: int, tensor: Tensor, bits: int) -> float:
+    symbols = tensor.numel() * tensor.element_size() * 8 // bits
     # Rounded, so that every digit in config.json matters.
-    return round(int((symbols == fill).sum()) / symbols.size, 6) if symbols.size else 0.0
+    return round(count / symbols, 6) if symbols else 0.0
 
 
-def encode(name: str, tensor: Tensor, encoding: Encoding) -> tuple[TensorEntry, dict[str, Tensor]]:
+def _is_sparsity_of(stated: float, tensor: Tensor, layout: CodedLayout | None) -> bool:
+    if stated == sparsity_of(tensor, layout):
+        return True
+    # Zeros with a sign once counted as values.
+    bits, fill = (layout.symbol_bits, layout.fill) if layout is not None else (8 * tensor.element_size(), 0)
+    return stated == _fraction(count_symbols(tensor, bits, fill), tensor, bits)
+
+
+def encode(
+    name: str, tensor: Tensor, encoding: Encoding, *, bit_equal: bool = False
+) -> tuple[TensorEntry, dict[str, Tensor]]:
     """A tensor's entry and parts, in the encoding asked for, or dense where that would not be smaller.
 
-    Every encoded tensor is rebuilt and compared before it is returned.
+    A weight pruned by a product with its mask is -0.0 where it was negative. Unless ``bit_equal`` is set, an encoded
+    tensor has 0.0 there, which is the same value; one that is stored dense is left as it is. Every encoded tensor is
+    rebuilt and compared, bit by bit, before it is returned.
 
     :param name: the parameter's name
     :param tensor: on the CPU, of a dtype in :data:`~elsa_sparse.symbols.DTYPES`
+    :param bit_equal: keep the sign of zeros, each as a value
     :raises SparseCheckpointError: if the dtype is not one of them
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -180,15 +221,16 @@ def encode(name: str, tensor: Tensor, encoding: Encoding) -> tuple[TensorEntry, 
     layout, parts = None, {"dense": tensor}
     size = tensor.numel() * tensor.element_size()
     if encoding != "dense" and tensor.dim() > 0 and size > _OVERHEAD:
+        packed = tensor if bit_equal else with_positive_zeros(tensor)
         encoded: dict[str, Tensor]
         if encoding == "coded":
-            layout, encoded = encode_coded(tensor)
+            layout, encoded = encode_coded(packed)
             if size > MAX_EXPANSION * _stored_bytes(encoded):
-                layout, encoded = None, encode_bitmask(tensor)
+                layout, encoded = None, encode_bitmask(packed)
         else:
-            encoded = encode_bitmask(tensor)
+            encoded = encode_bitmask(packed)
         if _stored_bytes(encoded) + _OVERHEAD < size:
-            parts = encoded
+            parts, tensor = encoded, packed
         else:
             layout = None
     is_dense = "dense" in parts
@@ -206,6 +248,35 @@ def encode(name: str, tensor: Tensor, encoding: Encoding) -> tuple[TensorEntry, 
     return entry, parts
 
 
+def check_sizes(entry: TensorEntry, stored: int) -> None:
+    """Compare what an entry says of its sizes with each other and with what is stored, before anything is allocated.
+
+    :param stored: bytes of all its parts together
+    :raises SparseCheckpointError: if they contradict each other, or ask for more than so many bytes may
+    """
+    dense, layout = entry.dense_bytes, entry.layout
+    if entry.encoding == "dense":
+        if stored != dense:
+            raise SparseCheckpointError(
+                f"{entry.dtype} {entry.shape} has {dense:,} bytes, the file has {stored:,}", tensor=entry.name
+            )
+        return
+    allowed = MAX_BITMASK_EXPANSION if layout is None else MAX_EXPANSION
+    if dense > allowed * stored:
+        raise SparseCheckpointError(
+            f"{stored:,} bytes claim to hold a tensor of {dense:,}; allowed is {allowed} times", tensor=entry.name
+        )
+    if layout is not None:
+        symbols = dense * 8 // layout.symbol_bits
+        most_gaps = layout.kept + symbols // 255
+        if layout.kept > symbols or not layout.kept <= (layout.gap_bytes or layout.kept) <= most_gaps:
+            raise SparseCheckpointError(
+                f"kept is {layout.kept:,} and gap_bytes {layout.gap_bytes}; allowed, for {symbols:,} symbols, are at "
+                f"most that many, and {layout.kept:,} to {most_gaps:,}",
+                tensor=entry.name,
+            )
+
+
 def decode(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
     """The dense tensor of an entry, verified.
 
@@ -216,29 +287,26 @@ def decode(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
         return _decode(entry, parts)
     except SparseCheckpointError as error:
         raise SparseCheckpointError(str(error), tensor=entry.name) from error
-    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise SparseCheckpointError(f"cannot be rebuilt: {error}", tensor=entry.name) from error
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise SparseCheckpointError(f"cannot be rebuilt: {reason}", tensor=entry.name) from error
 
 
 def _decode(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
     if entry.sha256 is not None and digest(entry, parts) != entry.sha256:
         raise SparseCheckpointError("checksum does not match: the file, or its entry in config.json, has been altered")
+    check_sizes(entry, _stored_bytes(parts))
     if entry.encoding == "dense":
         tensor = parts["dense"]
     elif entry.layout is None:
         tensor = decode_bitmask(dict(parts))
     else:
-        stored = _stored_bytes(parts)
-        if max(entry.dense_bytes, *entry.layout.streams.values()) > MAX_EXPANSION * stored:
-            raise SparseCheckpointError(
-                f"{stored:,} bytes claim to hold a tensor of {entry.dense_bytes:,}; allowed is {MAX_EXPANSION} times"
-            )
         tensor = decode_coded(entry.layout, dict(parts), DTYPES[entry.dtype], entry.shape)
     if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype]:
         raise SparseCheckpointError(
             f"the file has {tensor.dtype} {tuple(tensor.shape)}, config.json says {entry.dtype} {entry.shape}"
         )
-    if entry.sha256 is not None and sparsity_of(tensor, entry.layout) != entry.sparsity:
+    if entry.sha256 is not None and not _is_sparsity_of(entry.sparsity, tensor, entry.layout):
         raise SparseCheckpointError(f"config.json says sparsity {entry.sparsity}, the file has another")
     return tensor
 

@@ -1,7 +1,7 @@
 """A tensor as a flat array of unsigned integers, its bits untouched, and back.
 
-Zero, here, is the bit pattern of all zeros: -0.0 and the payloads of NaNs are values like any other. Multi-byte symbols
-are little-endian, as in safetensors.
+The payloads of NaNs are values like any other, and so is -0.0, unless it is made 0.0 before. Multi-byte symbols are
+little-endian, as in safetensors.
 """
 
 from typing import Any
@@ -11,10 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "Symbols", "from_symbols", "raw_bytes", "symbol_dtype", "to_symbols"]
+__all__ = [
+    "DTYPES",
+    "SAFETENSORS_DTYPES",
+    "Symbols",
+    "count_negative_zeros",
+    "count_symbols",
+    "from_symbols",
+    "raw_bytes",
+    "symbol_dtype",
+    "to_symbols",
+    "with_positive_zeros",
+]
 
 # Arrays of unsigned integers; numpy's stubs take operators on them for something else.
 Symbols = NDArray[Any]
+
+# Bytes compared at once, so that no mask of a whole tensor is made.
+_CHUNK = 1 << 22
 
 # What a safetensors file may hold: its name of a dtype, and torch's.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -69,5 +83,42 @@ def to_symbols(tensor: Tensor, bits: int) -> Symbols:
 
 def from_symbols(symbols: Symbols, bits: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Inverse of :func:`to_symbols`; shares the symbols' memory unless they are 4-bit."""
-    raw = symbols[0::2] | (symbols[1::2] << 4) if bits == 4 else symbols
+    raw = symbols
+    if bits == 4:
+        raw = np.left_shift(symbols[1::2], 4)
+        raw |= symbols[0::2]
     return torch.from_numpy(raw.view(np.uint8)).view(dtype).view(shape)
+
+
+def count_symbols(tensor: Tensor, bits: int, symbol: int) -> int:
+    """How many of a tensor's symbols are this one. Arguments are those of :func:`to_symbols`."""
+    raw = raw_bytes(tensor)
+    chunks = (to_symbols(raw[start : start + _CHUNK], 8) for start in range(0, raw.numel(), _CHUNK))
+    if bits == 4:
+        return sum(int(np.count_nonzero(c & 15 == symbol)) + int(np.count_nonzero(c >> 4 == symbol)) for c in chunks)
+    return sum(int(np.count_nonzero(chunk.view(symbol_dtype(bits)) == symbol)) for chunk in chunks)
+
+
+def _negative_zero(dtype: torch.dtype) -> int | None:
+    # float8_e8m0fnu has neither sign nor zero.
+    signed = dtype.is_floating_point and dtype != torch.float8_e8m0fnu
+    return 1 << (8 * dtype.itemsize - 1) if signed else None
+
+
+def count_negative_zeros(tensor: Tensor) -> int:
+    """How many entries are -0.0."""
+    symbol = _negative_zero(tensor.dtype)
+    return 0 if symbol is None else count_symbols(tensor, 8 * tensor.element_size(), symbol)
+
+
+def with_positive_zeros(tensor: Tensor) -> Tensor:
+    """The tensor with 0.0 for every -0.0; a contiguous copy, if it has any. All other bits are what they were."""
+    symbol = _negative_zero(tensor.dtype)
+    if symbol is None or not count_negative_zeros(tensor):
+        return tensor
+    copy = tensor.detach().contiguous().clone()
+    symbols = to_symbols(copy, 8 * copy.element_size())
+    for start in range(0, symbols.size, _CHUNK):
+        chunk = symbols[start : start + _CHUNK]
+        chunk[chunk == symbol] = 0
+    return copy

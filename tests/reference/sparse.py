@@ -50,3 +50,13 @@ def coded_symbols(layout, parts, *, rotated, size):
             symbols.append(next(values))
     assert next(values, None) is None
     return symbols + [layout.fill] * (size - len(symbols))
+
+
+def without_negative_zeros(tensor):
+    """0.0 for every entry that compares equal to zero; dtypes without a zero have none that does."""
+    as_double = tensor.double() if tensor.dtype.is_floating_point else tensor
+    changed = tensor.clone().view(-1)
+    if tensor.dtype.is_floating_point:
+        for i in (as_double.view(-1) == 0).nonzero().view(-1).tolist():
+            changed[i : i + 1].view(torch.uint8).zero_()
+    return changed.view(tensor.shape)

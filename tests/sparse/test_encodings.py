@@ -1,5 +1,6 @@
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 
 from elsa_sparse.bitmask import decode_bitmask, encode_bitmask
 from elsa_sparse.coded import decode_coded, encode_coded
-from elsa_sparse.entry import MAX_EXPANSION, TensorEntry, decode, digest, encode
+from elsa_sparse.entry import MAX_EXPANSION, TensorEntry, decode, digest, encode, sparsity_of
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.symbols import DTYPES, to_symbols
-from tests.reference.sparse import bitmask_parts, coded_symbols
+from tests.reference.sparse import bitmask_parts, coded_symbols, without_negative_zeros
 from tests.sparse.strategies import same_bits, tensors
 
 MATRICES = st.tuples(st.integers(0, 6), st.integers(0, 40))
@@ -33,10 +34,11 @@ def test_coded_round_trip(tensor):
 
 
 @settings(max_examples=300, deadline=None)
-@given(tensor=tensors(), encoding=st.sampled_from(["dense", "bitmask", "coded"]))
-def test_entry_round_trip(tensor, encoding):
-    entry, parts = encode("w", tensor, encoding)
-    assert same_bits(decode(entry, parts), tensor)
+@given(tensor=tensors(), encoding=st.sampled_from(["dense", "bitmask", "coded"]), bit_equal=st.booleans())
+def test_entry_round_trip(tensor, encoding, bit_equal):
+    entry, parts = encode("w", tensor, encoding, bit_equal=bit_equal)
+    kept = bit_equal or entry.encoding == "dense"
+    assert same_bits(decode(entry, parts), tensor if kept else without_negative_zeros(tensor))
     assert set(parts) == set(entry.parts)
     assert type(entry).from_json("w", entry.to_json()) == entry
 
@@ -146,7 +148,7 @@ def test_bitmask_parts_that_contradict_each_other(change, message):
         (lambda lay, p: (replace(lay, kept=lay.kept + 1), p), "bytes"),
         (lambda lay, p: (replace(lay, gap_bytes=lay.gap_bytes - 1), p), "does not decode to"),
         (lambda lay, p: (replace(lay, gap_bytes=None), p), "no gaps"),
-        (lambda lay, p: (replace(lay, deflated=()), p), "gaps has"),
+        (lambda lay, p: (replace(lay, deflated=()), p), "plane0 has"),
         (lambda lay, p: (lay, p | {"gaps": p["gaps"][:-3]}), "does not decode to"),
         (lambda lay, p: (lay, p | {"gaps": torch.cat([p["gaps"], p["gaps"]])}), "does not decode to"),
         (lambda lay, p: (lay, p | {"plane0": p["plane0"][1:]}), "plane0"),
@@ -197,3 +199,46 @@ def test_unknown_dtype_is_named():
 
 def test_every_dtype_is_covered():
     assert {"bfloat16", "float16", "float32", "int8", "int32", "float8_e4m3fn"} <= set(DTYPES)
+
+
+SIGNED = [d for d, dtype in DTYPES.items() if dtype.is_floating_point and dtype != torch.float8_e8m0fnu]
+
+
+@pytest.mark.parametrize("encoding", ["coded", "bitmask"])
+@pytest.mark.parametrize("dtype", SIGNED)
+def test_a_weight_pruned_by_its_mask_is_as_small_as_one_with_zeros(dtype, encoding):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 200, generator=generator).mul_(0.1).to(DTYPES[dtype])
+    mask = torch.rand(weight.shape, generator=generator) < 0.1
+    masked = (weight.float() * mask).to(DTYPES[dtype])
+    zeros = torch.where(mask, weight.float(), 0.0).to(DTYPES[dtype])
+    assert masked.float().signbit().sum() > zeros.float().signbit().sum()
+    entry, parts = encode("w", masked, encoding)
+    plain, plain_parts = encode("w", zeros, encoding)
+    assert entry.encoding == encoding and entry.sparsity == plain.sparsity == sparsity_of(masked)
+    assert {p: t.shape for p, t in parts.items()} == {p: t.shape for p, t in plain_parts.items()}
+    assert torch.equal(decode(entry, parts).float(), masked.float())
+    signs, signed_parts = encode("w", masked, encoding, bit_equal=True)
+    assert same_bits(decode(signs, signed_parts), masked) and signs.sparsity == entry.sparsity
+
+
+@pytest.mark.parametrize("dtype", ["float8_e8m0fnu", "int8", "int32", "uint8"])
+def test_what_has_no_negative_zero_keeps_its_sign_bit(dtype):
+    tensor = torch.zeros(100, 200, dtype=torch.int8).view(-1)
+    tensor[:: 3 * DTYPES[dtype].itemsize] = -128
+    tensor = tensor.view(DTYPES[dtype])
+    entry, parts = encode("w", tensor, "coded")
+    assert entry.encoding == "coded" and same_bits(decode(entry, parts), tensor)
+
+
+def test_sparsity_of_tables_that_counted_signed_zeros_as_values():
+    """Checkpoints of before are still read."""
+    tensor = torch.zeros(4096)
+    tensor[::8], tensor[1::8] = 1.0, -0.0
+    entry, parts = encode("w", tensor, "coded", bit_equal=True)
+    assert entry.sparsity == 0.875
+    for sparsity, message in [(0.75, None), (0.625, "config.json says sparsity")]:
+        older = replace(entry, sparsity=sparsity)
+        older = replace(older, sha256=digest(older, parts))
+        with pytest.raises(SparseCheckpointError, match=message) if message else nullcontext():
+            assert same_bits(decode(older, parts), tensor)
