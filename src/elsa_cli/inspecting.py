@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from elsa_cli.output import Source, errors_in_words, megabytes
+from elsa_cli.output import Source, errors_in_words, megabytes, plain
 from elsa_sparse.inspecting import Row, by_layer, summarize
 from elsa_sparse.inspecting import inspect as inspect_checkpoint
 
@@ -26,12 +27,12 @@ def inspect(
     """List a checkpoint's sparsity and size, layer by layer. Dense checkpoints too."""
     with errors_in_words():
         rows = inspect_checkpoint(directory, verify=verify)
-    layers, total = by_layer(rows), summarize("total", rows)
+        layers, total = by_layer(rows), summarize("total", rows)
     if as_json:
         document = {"total": _as_json(total), "layers": [*map(_as_json, layers)], "tensors": [*map(_as_json, rows)]}
         print(json.dumps(document, indent=1))
         return
-    table = Table(title=str(directory), caption="sparsity: of matrices. ratio: dense bytes for each that is stored.")
+    table = Table(title=plain(directory), caption="sparsity: of matrices. ratio: dense bytes for each that is stored.")
     table.add_column("tensor" if tensors else "layer", overflow="fold", ratio=1)
     table.add_column("stored as")
     for column in ("sparsity", "dense MB", "stored MB", "ratio"):
@@ -43,14 +44,14 @@ def inspect(
     Console().print(table)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row) -> list[str | Text]:
     return [
-        row.name,
+        plain(row.name),
         ", ".join(row.encodings),
         f"{row.sparsity:.2%}",
         megabytes(row.dense_bytes),
         megabytes(row.stored_bytes),
-        f"{row.ratio:.2f}",
+        "" if row.ratio is None else f"{row.ratio:.2f}",
     ]
 
 

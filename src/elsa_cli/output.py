@@ -1,5 +1,6 @@
 """What commands share: arguments, and how sizes and errors are printed."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-__all__ = ["Source", "errors_in_words", "megabytes"]
+from elsa_sparse.errors import printable
+
+__all__ = ["Source", "errors_in_words", "megabytes", "plain"]
 
 Source = Annotated[
     Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", exists=True, file_okay=False, show_default=False)
@@ -20,14 +24,26 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f}"
 
 
+def plain(text: object, limit: int = 300) -> Text:
+    """Text out of a file or from the command line as it is printed: no markup of rich's, no control characters."""
+    return Text(printable(text, limit))
+
+
 @contextmanager
 def errors_in_words(status: int = 1) -> Iterator[None]:
-    """What a user can act on is a line, not a traceback.
+    """What a user can act on is a line, not a traceback; and so is a warning.
 
     :param status: exit status of the command
     """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False, markup=True)
-        raise typer.Exit(status) from error
+    console = Console(stderr=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _print_line(console, "[yellow]warning:[/yellow] ", message)
+        try:
+            yield
+        except (OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            _print_line(console, "[red]error:[/red] ", str(error) or "this takes more memory than there is")
+            raise typer.Exit(status) from error
+
+
+def _print_line(console: Console, label: str, text: object) -> None:
+    console.print(Text.from_markup(label) + plain(text, 4000), soft_wrap=True, highlight=False)

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from elsa_cli.output import Source, errors_in_words, megabytes
-from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_sparse
+from elsa_cli.output import Source, errors_in_words, megabytes, plain
+from elsa_sparse.writing import DEFAULT_SHARD_SIZE, Written, save_sparse
 from elsa_sparse.writing import unpack as unpack_checkpoint
 
 __all__ = ["pack", "unpack"]
@@ -32,15 +33,25 @@ def pack(
     encoding: Annotated[
         EncodingName, typer.Option(help="coded: smallest. bitmask: the layout of compressed-tensors up to 0.14.")
     ] = EncodingName.coded,
+    bit_equal: Annotated[
+        bool, typer.Option("--bit-equal", help="Keep the sign of zeros, each at the price of a weight that is kept.")
+    ] = False,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint in the sparse format, which transformers and vLLM load with elsa-modifier installed."""
     with errors_in_words():
-        save_sparse(directory, out, encoding=encoding.value, max_shard_size=max_shard_size, overwrite=overwrite)
-        before = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        after = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    Console().print(f"{out}: {megabytes(after)} MB, was {megabytes(before)} MB ({before / max(1, after):.2f}x)")
+        written = save_sparse(
+            directory,
+            out,
+            encoding=encoding.value,
+            bit_equal=bit_equal,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+    Console().print(_summary(out, written), soft_wrap=True)
+    if written.signs:
+        Console().print(f"{written.signs:,} zeros were -0.0 and are 0.0 now; --bit-equal keeps the sign.")
 
 
 def unpack(
@@ -48,6 +59,14 @@ def unpack(
 ) -> None:
     """Write a sparse checkpoint as plain dense safetensors, for any other engine."""
     with errors_in_words():
-        unpack_checkpoint(directory, out, max_shard_size=max_shard_size, overwrite=overwrite)
-        after = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    Console().print(f"{out}: {megabytes(after)} MB")
+        written = unpack_checkpoint(directory, out, max_shard_size=max_shard_size, overwrite=overwrite)
+    Console().print(_summary(out, written), soft_wrap=True)
+
+
+def _summary(out: Path, written: Written) -> Text:
+    """What was written, whatever else lies in the directory."""
+    text = plain(out) + f": {megabytes(written.stored_bytes)} MB"
+    if 0 < written.stored_bytes < written.dense_bytes:
+        ratio = written.dense_bytes / written.stored_bytes
+        text += f", {megabytes(written.dense_bytes)} MB dense ({ratio:.2f}x)"
+    return text

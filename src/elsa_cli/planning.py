@@ -19,11 +19,13 @@ def plan(
     recipe: Annotated[
         Path, typer.Option(help="Recipe with an ELSAModifier.", exists=True, dir_okay=False, show_default=False)
     ],
-    gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1)] = 1,
-    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0)] = 80.0,
+    gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1, max=1_000_000)] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0, max=1e6)] = 80.0,
     tflops: Annotated[
         float,
-        typer.Option(help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6),
+        typer.Option(
+            help="What each is assumed to sustain, in TFLOP/s; an H100's peak in bf16 is 989.", min=1e-6, max=1e9
+        ),
     ] = 400.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, memory in bytes.")] = False,
 ) -> None:

@@ -21,7 +21,7 @@ __all__ = ["Row", "by_layer", "inspect", "summarize"]
 class Row:
     """A tensor, or several.
 
-    :param sparsity: fraction of zeros among the entries of its matrices; 0 without one
+    :param sparsity: fraction of zeros, of either sign, among the entries of its matrices; 0 without one
     :param weights: entries of its matrices: tensors of two and more dimensions
     :param encodings: how the tensors are stored
     """
@@ -34,9 +34,9 @@ class Row:
     stored_bytes: int
 
     @property
-    def ratio(self) -> float:
-        """Dense bytes for each that is stored."""
-        return self.dense_bytes / max(1, self.stored_bytes)
+    def ratio(self) -> float | None:
+        """Dense bytes for each that is stored; None if none is."""
+        return self.dense_bytes / self.stored_bytes if self.stored_bytes else None
 
 
 def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> list[Row]:
@@ -97,7 +97,10 @@ def by_layer(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         match = re.match(r".*?\.\d+(?=\.)", row.name)
         groups.setdefault(match[0] if match else row.name.rpartition(".")[0] or row.name, []).append(row)
-    names = sorted(
-        groups, key=lambda name: [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
-    )
-    return [summarize(name, groups[name]) for name in names]
+    return [summarize(name, groups[name]) for name in sorted(groups, key=_natural_order)]
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Numbers by their size: every second piece is one, however many digits it has."""
+    pieces = re.split(r"(\d+)", name, flags=re.ASCII)
+    return [(len(piece.lstrip("0")) if i % 2 else 0, piece) for i, piece in enumerate(pieces)]

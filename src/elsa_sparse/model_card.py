@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elsa_sparse.entry import TensorEntry
+from elsa_sparse.opening import architecture_of
 
 __all__ = ["CARD_FILE", "model_card"]
 
@@ -20,7 +21,7 @@ def model_card(config: dict[str, Any], entries: Sequence[TensorEntry], stored_by
     pruned = [entry for entry in entries if len(entry.shape) > 1 and entry.sparsity > 0.1]
     weights = sum(entry.dense_bytes for entry in pruned)
     sparsity = sum(entry.sparsity * entry.dense_bytes for entry in pruned) / max(1, weights)
-    architecture = (config.get("architectures") or ["A model"])[0]
+    architecture = architecture_of(config) or "A model"
     return f"""---
 library_name: transformers
 tags:

@@ -11,7 +11,7 @@ from elsa_sparse.compressed_tensors_bitmask import (
     without_sparsity,
 )
 
-__all__ = ["HINT", "dense_config", "is_sparse", "open_checkpoint"]
+__all__ = ["HINT", "architecture_of", "dense_config", "is_sparse", "open_checkpoint"]
 
 # A config.json may name the file of its weights. transformers refuses what is no such name, and prints it: so a process
 # without this package is told what it lacks.
@@ -29,6 +29,14 @@ def is_sparse(config: Mapping[str, Any]) -> bool:
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of the same model stored dense."""
     return {key: value for key, value in without_sparsity(config).items() if key not in (CONFIG_KEY, *HINT)}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The class of the model, if a ``config.json`` names one as transformers writes it."""
+    stated = config.get("architectures")
+    name = stated[0] if isinstance(stated, list) and stated else None
+    # It is looked up, and printed into a model card.
+    return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else None
 
 
 def open_checkpoint(directory: str | Path) -> SparseCheckpoint:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elsa_sparse.checkpoint import CONFIG_FILE, SparseCheckpoint, read_json
 from elsa_sparse.errors import SparseCheckpointError
-from elsa_sparse.opening import dense_config, is_sparse, open_checkpoint
+from elsa_sparse.opening import architecture_of, dense_config, is_sparse, open_checkpoint
 from elsa_sparse.symbols import DTYPES, SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 
 
 def load_sparse(directory: str | Path, **kwargs: Any) -> "PreTrainedModel":
-    """The transformers model of a sparse checkpoint, bit-equal to what was packed.
+    """The transformers model of a sparse checkpoint, equal in every value to what was packed.
 
     :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``
     :raises SparseCheckpointError: if the directory is not a sparse checkpoint, or not what it should be
@@ -37,9 +37,10 @@ def load_sparse(directory: str | Path, **kwargs: Any) -> "PreTrainedModel":
     if not is_sparse(config):
         raise SparseCheckpointError("is not a sparse checkpoint; load it with from_pretrained", file=directory)
     teach_from_pretrained()
-    architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    # Models whose code comes with the checkpoint are not in transformers.
-    model_class = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    model_class: Any = getattr(transformers, architecture_of(config) or "", None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        # Models whose code comes with the checkpoint are not in transformers.
+        model_class = transformers.AutoModelForCausalLM
     model: PreTrainedModel = model_class.from_pretrained(directory, **kwargs)
     return model
 

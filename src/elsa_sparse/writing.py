@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +24,36 @@ from elsa_sparse.checkpoint import (
     read_json,
     read_weight_map,
 )
+from elsa_sparse.companions import copy_companions
 from elsa_sparse.entry import ENCODINGS, Encoding, TensorEntry, encode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.model_card import CARD_FILE, model_card
 from elsa_sparse.opening import HINT, dense_config, is_sparse, open_checkpoint
+from elsa_sparse.symbols import count_negative_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DEFAULT_SHARD_SIZE", "dense_files", "save_sparse", "save_through", "unpack"]
+__all__ = ["DEFAULT_SHARD_SIZE", "Written", "dense_files", "save_sparse", "save_through", "unpack"]
 
 DEFAULT_SHARD_SIZE = "1GB"
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DENSE_INDEX = "model.safetensors.index.json"
-# Weights of any format, which do not travel along.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Sizes of a checkpoint that was written, without headers, in bytes.
+
+    :param dense_bytes: of its tensors, dense
+    :param stored_bytes: of its tensors, as they are stored now
+    :param signs: zeros whose sign was not kept
+    """
+
+    dense_bytes: int
+    stored_bytes: int
+    signs: int = 0
 
 
 class _ShardWriter:
@@ -90,11 +105,12 @@ def save_sparse(
     out_dir: str | Path,
     *,
     encoding: Encoding = "coded",
+    bit_equal: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     progress: bool = True,
-) -> None:
-    """Write a sparse checkpoint.
+) -> Written:
+    """Write a sparse checkpoint, equal to the dense one in every value; and say what it takes.
 
     ``out_dir`` appears at once and complete, or not at all; an older checkpoint there stays whole until then. A tensor
     that would not get smaller is stored dense. Tokenizer, generation config, recipe and model card of a directory
@@ -104,6 +120,8 @@ def save_sparse(
         ``out_dir``, or a directory with a checkpoint in safetensors: dense, quantized, or sparse itself
     :param out_dir: directory to write
     :param encoding: ``coded`` (smallest), or ``bitmask`` (the layout of compressed-tensors up to 0.14, faster to read)
+    :param bit_equal: keep the sign of zeros too: a weight pruned by a product with its mask is -0.0 where it was
+        negative, which then takes as much as a weight that is kept
     :param max_shard_size: of a file, in bytes or like ``"2GB"``; also the memory that packing needs beyond one tensor
     :param overwrite: allow that ``out_dir`` exists and is not empty
     :param progress: show a progress bar
@@ -114,12 +132,16 @@ def save_sparse(
     if isinstance(model_or_dir, (str, Path)):
         shard_size = _checked(encoding, max_shard_size)
         with replaced_directory(Path(out_dir), overwrite=overwrite) as partial:
-            _pack(Path(model_or_dir), partial, encoding, shard_size, progress)
-    else:
-        save = model_or_dir.save_pretrained
-        save_through(
-            save, out_dir, encoding=encoding, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
-        )
+            return _pack(Path(model_or_dir), partial, encoding, bit_equal, shard_size, progress)
+    return save_through(
+        model_or_dir.save_pretrained,
+        out_dir,
+        encoding=encoding,
+        bit_equal=bit_equal,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def save_through(
@@ -127,18 +149,20 @@ def save_through(
     out_dir: str | Path,
     *,
     encoding: Encoding = "coded",
+    bit_equal: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     progress: bool = True,
-) -> None:
+) -> Written:
     """As :func:`save_sparse`, of the checkpoint that ``save_dense`` writes to the directory it is given."""
     shard_size = _checked(encoding, max_shard_size)
     with replaced_directory(Path(out_dir), overwrite=overwrite) as partial:
         dense = partial / "dense"
         dense.mkdir()
         save_dense(dense)
-        _pack(dense, partial, encoding, shard_size, progress)
+        written = _pack(dense, partial, encoding, bit_equal, shard_size, progress)
         shutil.rmtree(dense)
+    return written
 
 
 def _checked(encoding: Encoding, max_shard_size: int | str) -> int:
@@ -147,27 +171,32 @@ def _checked(encoding: Encoding, max_shard_size: int | str) -> int:
     return _parse_size(max_shard_size)
 
 
-def _pack(source: Path, target: Path, encoding: Encoding, shard_size: int, progress: bool) -> None:
+def _pack(source: Path, target: Path, encoding: Encoding, bit_equal: bool, shard_size: int, progress: bool) -> Written:
     """Write a directory's checkpoint to another, existing one, ``config.json`` last."""
     config = dense_config(read_json(source / CONFIG_FILE))
     writer = _ShardWriter(target, "sparse-model", shard_size)
     entries: list[TensorEntry] = []
+    signs = 0
     with _opened(source) as (count, tensors):
         for name, tensor in _with_progress(tensors, count, "pack", progress):
             # Where the configuration ties embeddings, a head in the checkpoint tells vLLM that they are not tied; it
             # looks for it by its name.
             untied = name.endswith("lm_head.weight") and config.get("tie_word_embeddings", False)
-            entry, parts = encode(name, tensor, "dense" if untied else encoding)
+            entry, parts = encode(name, tensor, "dense" if untied else encoding, bit_equal=bit_equal)
+            if entry.encoding != "dense" and not bit_equal:
+                signs += count_negative_zeros(tensor)
             entries.append(entry)
             writer.add({entry.parts[part]: stored for part, stored in parts.items()})
     weight_map = writer.finish()
     if len(weight_map) != sum(len(entry.parts) for entry in entries):
         raise SparseCheckpointError("two of its tensors would be stored under the same name", file=source)
     _write_json(target / INDEX_FILE, {"metadata": {"total_size": writer.total_size}, "weight_map": weight_map})
-    _copy_companions(source, target)
+    copy_companions(source, target, leave=frozenset((CONFIG_FILE,)))
     if not (target / CARD_FILE).exists():
         (target / CARD_FILE).write_text(model_card(config, entries, writer.total_size), encoding="utf-8")
     _write_sparse_config(target / CONFIG_FILE, config, entries)
+    dense_bytes = sum(entry.dense_bytes for entry in entries)
+    return Written(dense_bytes=dense_bytes, stored_bytes=writer.total_size, signs=signs)
 
 
 def unpack(
@@ -177,7 +206,7 @@ def unpack(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     progress: bool = True,
-) -> None:
+) -> Written:
     """Write a sparse checkpoint as plain dense safetensors, which every engine reads. Atomic, as :func:`save_sparse`.
 
     :raises SparseCheckpointError: if the checkpoint is not sparse, or not what it should be
@@ -194,8 +223,9 @@ def unpack(
             _write_json(
                 target / _DENSE_INDEX, {"metadata": {"total_size": writer.total_size}, "weight_map": weight_map}
             )
-        _copy_companions(source, target)
+        copy_companions(source, target, leave=frozenset((CONFIG_FILE,)))
         _write_json(target / CONFIG_FILE, dense_config(checkpoint.config))
+    return Written(dense_bytes=writer.total_size, stored_bytes=writer.total_size)
 
 
 @contextmanager
@@ -231,18 +261,6 @@ def _with_progress(
     return bar
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Everything in a checkpoint but weights and what this package writes."""
-    ignore = shutil.ignore_patterns(*_WEIGHTS)
-    for path in source.iterdir():
-        if path.name.startswith(".") or path.name == CONFIG_FILE or any(path.match(pattern) for pattern in _WEIGHTS):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=ignore)
-        else:
-            shutil.copy2(path, target / path.name)
-
-
 def _write_sparse_config(file: Path, config: dict[str, Any], entries: list[TensorEntry]) -> None:
     """``config.json``, with one line a tensor."""
     lines = [f"      {json.dumps(entry.name)}: {json.dumps(entry.to_json())}" for entry in entries]
@@ -260,8 +278,11 @@ def _write_json(file: Path, data: dict[str, Any]) -> None:
 
 def _parse_size(size: int | str) -> int:
     """Bytes of a size like 2000000000, ``"2GB"`` or ``"1.5 GiB"``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", str(size), re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"max_shard_size is {size!r}; allowed are bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    if match is None or unit is None or not 1 <= float(match[1]) * unit < 2**63:
+        raise ValueError(
+            f"max_shard_size is {size!r:.80}; allowed are bytes, or a number with KB, MB, GB, KiB, MiB or GiB, "
+            "from 1 byte to less than 2^63"
+        )
     return int(float(match[1]) * unit)

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from elsa_modifier.planning.options import find_remedy
 from elsa_modifier.planning.planner import Planner
 from elsa_modifier.planning.report import as_json, print_plan
 from elsa_modifier.planning.settings import modifier_of_recipe
+from elsa_modifier.planning.sources import config_of
+from elsa_sparse.errors import printable
 
 __all__ = ["run"]
 
@@ -23,20 +23,18 @@ def run(model: str, recipe: str | Path, *, gpus: int, gpu_memory: float, tflops:
     :raises ValueError: if model or recipe cannot be used, or not together; the message says what to do
     """
     modifier = modifier_of_recipe(recipe)
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{model} is no model that transformers knows; give a directory with a config.json, or a name on the hub "
-            f"({reason})"
-        ) from error
+    config = config_of(model)
     try:
         planner = Planner(config, gpus=gpus, capacity=round(gpu_memory * 1e9), tflops=tflops)
         plan = planner.plan(modifier)
         remedy = None if plan.fits else find_remedy(planner, modifier)
-    except RuntimeError as error:
-        raise ValueError(f"{model}: the model's code cannot be run without weights ({error})") from error
+    except ValueError:
+        raise
+    except Exception as error:  # other people's code, on numbers it was not written for
+        reason = printable(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(
+            f"{printable(model, 300)}: the model's code cannot be run without weights ({reason})"
+        ) from error
     if json_output:
         print(json.dumps(as_json(plan, remedy), indent=1))
     else:

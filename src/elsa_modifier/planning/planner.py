@@ -12,6 +12,9 @@ from elsa_modifier.planning.settings import RunSettings
 
 __all__ = ["Plan", "Planner"]
 
+# Ten times a table of all experts' weights in the largest models.
+_LARGEST_PARAMETER = 2**40
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -63,7 +66,8 @@ class Planner:
     :param capacity: bytes of each GPU
     :param tflops: what each GPU sustains, 10^12 operations a second
     :param device: kind of device; buffers of a CPU are smaller
-    :raises ValueError: if transformers makes no causal language model of the configuration
+    :raises ValueError: if transformers makes no causal language model of the configuration, or one with a parameter
+        that is empty or larger than any
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Planner:
         self._tflops = tflops
         self._device = torch.device(device)
         self._model = fake_model(config)
+        _check_parameters(self._model)
         self._traces: dict[tuple[RunSettings, torch.dtype], MicroBatchPeak] = {}
 
     def plan(self, modifier: ELSAModifier) -> Plan:
@@ -137,6 +142,15 @@ class Planner:
         if (key, dtype) not in self._traces:
             self._traces[key, dtype] = trace_micro_batch(self._config, key, dtype)
         return self._traces[key, dtype]
+
+
+def _check_parameters(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not 0 < parameter.numel() <= _LARGEST_PARAMETER:
+            raise ValueError(
+                f"{name} would be {tuple(parameter.shape)}; allowed are 1 to {_LARGEST_PARAMETER:,} entries: see the "
+                "sizes in config.json"
+            )
 
 
 def _gathered(shape: ModelShape, settings: RunSettings) -> int:

@@ -5,9 +5,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from elsa_modifier.planning.options import Remedy, as_yaml
 from elsa_modifier.planning.planner import Plan
+from elsa_sparse.errors import printable
 
 __all__ = ["as_json", "print_plan"]
 
@@ -79,7 +81,7 @@ def as_json(plan: Plan, remedy: Remedy | None) -> dict[str, Any]:
 
 
 def _memory_table(plan: Plan, title: str) -> Table:
-    table = Table(title=title, caption="GB: 10^9 bytes, at the fullest moment of a step.")
+    table = Table(title=Text(printable(title)), caption="GB: 10^9 bytes, at the fullest moment of a step.")
     table.add_column("memory")
     table.add_column("GB per GPU", justify="right", no_wrap=True)
     table.add_column("how it is held", overflow="fold")

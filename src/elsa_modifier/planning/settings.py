@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from llmcompressor.recipe import Recipe
 
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import find_recipe
+from elsa_modifier.planning.sources import check_recipe_file
 from elsa_modifier.training.model_state import WEIGHT_DTYPES
 
 __all__ = ["RunSettings", "modifier_of_recipe"]
@@ -79,9 +79,11 @@ def modifier_of_recipe(recipe: str | Path) -> ELSAModifier:
     """
     path = find_recipe(recipe)
     try:
+        check_recipe_file(path)
         modifiers = Recipe.create_instance(str(path)).modifiers
-    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{recipe} is not a recipe that can be used: {error}") from error
+    except Exception as error:  # in any class, from whichever modifier it names
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{recipe} is not a recipe that can be used: {reason}") from error
     for modifier in modifiers:
         if isinstance(modifier, ELSAModifier):
             return modifier
