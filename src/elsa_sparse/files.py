@@ -133,9 +133,9 @@ def _integer(text: str) -> int:
 
 def _check_depth(data: Any) -> None:
     level = [data]
-    for _ in range(_MAX_DEPTH):
-        children = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-        level = [child for child in children if isinstance(child, (dict, list))]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
     raise RecursionError

@@ -12,7 +12,7 @@ from elsa_modifier.planning.settings import RunSettings
 
 __all__ = ["Plan", "Planner"]
 
-# Ten times a table of all experts' weights in the largest models.
+# Some hundred times the largest weights there are.
 _LARGEST_PARAMETER = 2**40
 
 
