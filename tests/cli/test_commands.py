@@ -1,9 +1,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from elsa_cli.main import app
+from tests.sparse.strategies import same_bits
 from tests.sparse.test_writing import OLD_FORMAT, assert_same_tensors
 
 
@@ -57,3 +60,43 @@ def test_errors_are_a_line(pruned, sparse, tmp_path):
     data[-1] ^= 1
     (directory / "sparse-model.safetensors").write_bytes(data)
     assert "checksum" in run("inspect", directory, "--verify", code=1).stderr
+
+
+def test_sizes_are_those_that_were_written(pruned, tmp_path, monkeypatch):
+    """Also from inside the output directory, with files of another checkpoint in it; the same as inspect's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00007-of-00009.safetensors").write_bytes(bytes(10**6))
+    monkeypatch.chdir(out)
+    packed = run("pack", pruned(), ".", "--overwrite").stdout
+    total = json.loads(run("inspect", out, "--json").stdout)["total"]
+    stored, dense = (f"{total[field] / 1e6:,.2f} MB" for field in ("stored_bytes", "dense_bytes"))
+    assert packed == f".: {stored}, {dense} dense ({total['ratio']:.2f}x)\n" and total["ratio"] > 1
+    assert run("unpack", out, tmp_path / "dense").stdout == f"{tmp_path / 'dense'}: {dense}\n"
+
+
+def test_no_ratio_without_anything_stored(tmp_path):
+    save_file({"empty": torch.empty(0, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert run("pack", tmp_path, tmp_path / "out").stdout == f"{tmp_path / 'out'}: 0.00 MB\n"
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["total"]["ratio"] is None
+
+
+@pytest.mark.parametrize("option", [(), ("--bit-equal",)])
+def test_signs_of_zeros_are_dropped_and_said(option, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 100, generator=generator) * (torch.rand(100, 100, generator=generator) < 0.1)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    signs = int((weight.signbit() & (weight == 0)).sum())
+    said = run("pack", tmp_path, tmp_path / "out", *option).stdout
+    assert (f"{signs:,} zeros were -0.0" in said) == (not option) and signs > 4000
+    sparsity = json.loads(run("inspect", tmp_path / "out", "--json").stdout)["total"]["sparsity"]
+    assert (
+        sparsity
+        == json.loads(run("inspect", tmp_path, "--json").stdout)["total"]["sparsity"]
+        == pytest.approx(0.9, abs=0.01)
+    )
+    run("unpack", tmp_path / "out", tmp_path / "dense")
+    unpacked = load_file(tmp_path / "dense" / "model.safetensors")["w"]
+    assert torch.equal(unpacked, weight) and same_bits(unpacked, weight) == bool(option)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from elsa_sparse import coded
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY
 from elsa_sparse.coded import CodedLayout
 from elsa_sparse.entry import TensorEntry, digest
@@ -65,11 +66,14 @@ def _packed(tensor, encoding, directory):
         ("int8", "bitmask", 2),
     ],
 )
-def test_reading_takes_a_multiple_of_the_tensor(name, encoding, multiple, tmp_path):
+def test_reading_takes_a_multiple_of_the_tensor(name, encoding, multiple, tmp_path, monkeypatch):
+    if name == "nibbles":
+        # The writer takes them where they are smallest; a reader has to take them anywhere.
+        monkeypatch.setattr("elsa_sparse.entry.encode_coded", lambda tensor: coded._encode(tensor, 4, 0))
     generator = torch.Generator().manual_seed(0)
     size = 32 * MB
     raw = torch.randint(1, 16, (size,), dtype=torch.uint8, generator=generator)
-    raw[torch.rand(size, generator=generator) < (0.7 if name == "nibbles" else 0.3)] = 0
+    raw[torch.rand(size, generator=generator) < 0.3] = 0
     tensor = {
         "bf16": lambda: raw.view(torch.int16).mul_(257).view(torch.bfloat16),
         "int8": lambda: raw.view(torch.int8),

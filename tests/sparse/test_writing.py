@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from elsa_sparse import SparseCheckpointError, open_checkpoint, save_sparse, unpack
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, INDEX_FILE
 from elsa_sparse.writing import _parse_size
+from tests.fuzzing import limits
 from tests.sparse.strategies import same_bits
 
 OLD_FORMAT = Path(__file__).parent / "data" / "compressed_tensors_0_14"
@@ -123,6 +124,61 @@ def test_companions_travel_and_a_card_is_written_once(pruned, tmp_path):
     assert (tmp_path / "two" / "README.md").read_text() == "# Mine"
 
 
+def test_companions_that_are_no_files_are_left_out(pruned, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(pruned(), source)
+    (source / "more").mkdir()
+    os.mkfifo(source / "more" / "pipe.json")
+    (source / "zeros.txt").symlink_to("/dev/zero")
+    (source / "more" / "again").symlink_to(source)
+    (source / "notes.txt").symlink_to(source / CONFIG_FILE)
+    with pytest.warns(UserWarning, match="is not copied: it is neither a file nor a directory") as warned:
+        save_sparse(source, source / "more" / "out", progress=False)
+    assert len(warned) == 3
+    out = source / "more" / "out"
+    assert not (out / "zeros.txt").exists() and list((out / "more").iterdir()) == []
+    assert (out / "notes.txt").is_file() and not (out / "notes.txt").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "sparse-model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_that_are_none_are_not_waited_for(kind, name, sparse):
+    directory = sparse()
+    (directory / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(directory / name)
+    else:
+        (directory / name).symlink_to("/dev/zero")
+    with limits(), pytest.raises(SparseCheckpointError, match=rf"{name}: is a {kind}; only regular files are read"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": NaN}', "NaN is not a number of JSON"),
+        ('{"a": 1e999}', "is too large"),
+        ('{"a": ' + "9" * 5000 + "}", "is too large"),
+        ('{"a": ' + "[" * 101 + "]" * 101 + "}", "it nests too deep"),
+        ("[" * 10**6, "it nests too deep"),
+        ("\udcff", "can't decode byte 0xff"),
+        ("7", "is not a JSON object"),
+    ],
+)
+def test_json_that_says_more_than_one_thing(text, message, tmp_path):
+    (tmp_path / CONFIG_FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SparseCheckpointError, match=rf"config.json: .*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_json_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("elsa_sparse.files.MAX_JSON_BYTES", 100)
+    (tmp_path / CONFIG_FILE).write_text('{"a": "' + "x" * 200 + '"}')
+    with pytest.raises(SparseCheckpointError, match="is larger than 100 bytes"):
+        open_checkpoint(tmp_path)
+
+
 def test_existing_directories(sparse, pruned, tmp_path):
     out = sparse()
     with pytest.raises(FileExistsError, match="exists and is not empty"):
@@ -171,6 +227,9 @@ def test_bad_input_is_refused_before_anything_is_written(pruned, tmp_path):
 
 
 def test_sizes():
+    for size in ("1e400GB", "-1", "9" * 400, "9" * 25 + "GB", "nan", "inf", "", "0.1"):
+        with pytest.raises(ValueError, match="allowed are bytes"):
+            _parse_size(size)
     assert [_parse_size(size) for size in (7, "7", "1.5 GB", "2gib", "10KB")] == [7, 7, 1_500_000_000, 2**31, 10_000]
 
 
