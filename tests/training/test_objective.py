@@ -269,16 +269,6 @@ def test_a_model_that_cannot_be_taken_apart_is_not(kind, reason, chunks_of, warn
     assert "GB; a smaller batch_size" in warning
 
 
-def test_finding_out_leaves_no_cast_weights_behind(chunks_of):
-    """Autocast would hand a cast made without gradients to the pass that needs them."""
-    model, inputs = build("llama"), batch()
-    chunks_of(7)
-    _, first = differentiated(model, next_token_loss, inputs, "bf16")
-    _, second = differentiated(model, next_token_loss, inputs, "bf16")
-    assert first.keys() == second.keys() == {name for name, _ in model.named_parameters()}
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
 def test_perplexity(chunks_of):
     model, ids = build("gemma2"), batch(rows=8)["input_ids"]
     expected = perplexity(model, ids, autocast=False)

@@ -41,7 +41,8 @@ def next_token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tens
     config = model.config.get_text_config()
     size = max(1, CHUNK_BYTES // (4 * config.vocab_size))
     # Beside a chunk the head's gradient waits, as large as the logits of half as many tokens as the model is wide.
-    in_chunks = len(targets) > size + config.hidden_size // 2 and _can_run_in_chunks(model, inputs["input_ids"])
+    spent = getattr(config, "hidden_size", 0) // 2
+    in_chunks = len(targets) > size + spent and _can_run_in_chunks(model, inputs["input_ids"])
     split = run_body(model, inputs) if in_chunks else None
     if split is None:
         return _cross_entropy(model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), targets)

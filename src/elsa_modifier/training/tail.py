@@ -56,7 +56,7 @@ def tail_disagrees(model: PreTrainedModel, input_ids: Tensor) -> str | None:
     :param input_ids: (batch, length) token ids; a few will do
     """
     device = input_ids.device.type
-    # A cast kept from here would not lead gradients to its weight later.
+    # A cast that autocast keeps from here, as older torch does, would lead no gradient to its weight later.
     autocast = torch.autocast(
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
     )
