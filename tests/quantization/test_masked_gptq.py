@@ -52,7 +52,7 @@ def test_the_walk_is_short_beside_the_factors(rows, columns, sparsity):
     chunks = list(module._chunks(kept, columns))
     assert [start for start, _ in chunks] == [0, *(end for _, end in chunks[:-1])] and chunks[-1][1] == rows
     steps = sum(kept[end - 1] for _, end in chunks)
-    assert steps <= columns or sum(count**3 / 3 for count in kept) / steps > 17e6
+    assert steps <= columns or sum(count**3 / 3 for count in kept) / steps > max(17e6, columns**2 / 2)
     largest = max(4 * kept[end - 1] ** 2 * (end - start) for start, end in chunks)
     assert largest <= max(1 << 28, 2 * 4 * columns**2)
 
