@@ -61,6 +61,13 @@ def test_experts_in_the_sparse_format(encoding, checkpoint, tokens, tmp_path):
     torch.testing.assert_close(logits(load_sparse(tmp_path)), logits(model), rtol=0, atol=1e-5)
 
 
+def test_experts_in_many_files(checkpoint, tokens, tmp_path):
+    model = oneshot(model=str(checkpoint("mixtral")), dataset=tokens, recipe=[ELSAModifier(**QUICK)])
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), rtol=0, atol=1e-5)
+
+
 def test_experts_of_an_offloaded_model(load, tokens, tmp_path):
     model = set_onload_device(load("mixtral"), "cpu")
     model = oneshot(model=model, dataset=tokens, recipe=[ELSAModifier(**QUICK)], output_dir=str(tmp_path))
