@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.measuring import publish
 from benchmarks.pruned import pruned_directory
 from elsa_sparse import open_checkpoint, save_sparse
-from elsa_sparse.checkpoint import INDEX_FILE
 from elsa_sparse.coded import encode_coded
 from elsa_sparse.entry import Encoding
 
@@ -49,8 +48,8 @@ def _linears(source: Path, target: Path) -> Path:
 
 
 def _stored(directory: Path) -> int:
-    """Bytes of shards, index, and the table in config.json."""
-    files = [*directory.glob("*.safetensors"), directory / INDEX_FILE, directory / "config.json"]
+    """Bytes of shards, and of the table in config.json."""
+    files = [*directory.glob("*.safetensors"), directory / "config.json"]
     return sum(file.stat().st_size for file in files)
 
 
@@ -192,7 +191,7 @@ def main() -> None:
             "",
             "`python -m benchmarks.checkpoint_size`: SmolLM2-135M pruned by ELSA; one process, one thread, one run.",
             "",
-            "Megabytes of its 210 Linears (times smaller than dense bf16). Ours count shards, index and `config.json`;",
+            "Megabytes of its 210 Linears (times smaller than dense bf16). Ours count shards and `config.json`;",
             "`gzip -6` and `zstd -19` are of the dense safetensors file.",
             "",
             "| sparsity | dense bf16 | bitmask | coded | gzip -6 | zstd -19 |",

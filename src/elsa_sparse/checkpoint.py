@@ -2,10 +2,8 @@
 
 ::
 
-    config.json                                 the model's, with one more key:
-        "elsa_sparse": {"version": 1, "tensors": {"model...q_proj.weight": {entry}, ...}}
-    sparse-model-00001-of-00002.safetensors     parts of tensors
-    sparse-model.safetensors.index.json         {"metadata": {"total_size": bytes}, "weight_map": {part: file}}
+    config.json                                                 the model's, with one more key, see :mod:`table`
+    sparse-model-0123456789abcdef-00001-of-00002.safetensors    parts of tensors
 
 The shards are not called ``model-...`` on purpose: whatever does not know the format then fails to find a model,
 instead of initializing one at random.
@@ -23,6 +21,7 @@ from elsa_sparse.entry import TensorEntry, check_sizes, decode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.files import read_json
 from elsa_sparse.headers import PartHeader, read_header
+from elsa_sparse.table import CONFIG_FILE, CONFIG_KEY, FORMAT_VERSION, INDEX_FILE, Table, read_table
 
 __all__ = [
     "CONFIG_FILE",
@@ -34,11 +33,6 @@ __all__ = [
     "read_json",
     "read_weight_map",
 ]
-
-CONFIG_FILE = "config.json"
-CONFIG_KEY = "elsa_sparse"
-FORMAT_VERSION = 1
-INDEX_FILE = "sparse-model.safetensors.index.json"
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:
@@ -100,6 +94,11 @@ class Shards:
             raise SparseCheckpointError(f"{part} cannot be read: {error}", file=self.directory / file) from error
         return tensor
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files."""
+        return list(self._open)
+
     def metadata(self, file: str) -> dict[str, str] | None:
         """What a file's header says beside its parts."""
         metadata: dict[str, str] | None = self._open[file].metadata()
@@ -141,18 +140,22 @@ class SparseCheckpoint:
         directory = Path(directory)
         config_file = directory / CONFIG_FILE
         config = read_json(config_file) if config is None else config
-        entries = _read_table(config, config_file)
-        index_file = directory / INDEX_FILE
-        index = read_json(index_file)
-        shards = Shards(directory, sorted(set(_weight_map(index, index_file).values())))
+        table = read_table(config, config_file)
+        if table.version == 1:
+            index = read_json(directory / INDEX_FILE)
+            weight_map = _weight_map(index, directory / INDEX_FILE)
+            shards = Shards(directory, sorted(set(weight_map.values())))
+        else:
+            shards = Shards(directory, table.shards)
         try:
-            _check_files(shards, index)
-            order = _check_parts(shards, entries)
-            _check_sizes(shards, entries)
+            if table.version == 1:
+                _check_index(shards, index)
+            order = _check_parts(shards, table)
+            _check_sizes(shards, table.entries)
         except BaseException:
             shards.close()
             raise
-        return cls(config, {name: entries[name] for name in order}, shards)
+        return cls(config, {name: table.entries[name] for name in order}, shards)
 
     def file_of(self, name: str) -> Path:
         """The shard that holds a tensor."""
@@ -200,24 +203,8 @@ class SparseCheckpoint:
         self.close()
 
 
-def _read_table(config: dict[str, Any], file: Path) -> dict[str, TensorEntry]:
-    if CONFIG_KEY not in config:
-        raise SparseCheckpointError(f"has no {CONFIG_KEY!r}: this is not a sparse checkpoint", file=file)
-    stated = config[CONFIG_KEY]
-    version = stated.get("version") if isinstance(stated, dict) else None
-    if version != FORMAT_VERSION or type(version) is not int:
-        raise SparseCheckpointError(
-            f"{CONFIG_KEY}.version is {version!r:.80}; this version of elsa-modifier reads {FORMAT_VERSION}", file=file
-        )
-    if stated.keys() != {"version", "tensors"} or not isinstance(stated["tensors"], dict):
-        raise SparseCheckpointError(f"{CONFIG_KEY} has to hold version and tensors, and nothing else", file=file)
-    try:
-        return {name: TensorEntry.from_json(name, data) for name, data in stated["tensors"].items()}
-    except SparseCheckpointError as error:
-        raise SparseCheckpointError(str(error), file=file) from error
-
-
-def _check_files(shards: Shards, index: dict[str, Any]) -> None:
+def _check_index(shards: Shards, index: dict[str, Any]) -> None:
+    """The index of version 1 against the headers."""
     index_file = shards.directory / INDEX_FILE
     weight_map = index["weight_map"]
     for part in weight_map.keys() | shards.file_of.keys():
@@ -226,30 +213,34 @@ def _check_files(shards: Shards, index: dict[str, Any]) -> None:
             raise SparseCheckpointError(
                 f"says that {stated or 'no file'} holds {part}; it is in {found or 'none'}", file=index_file
             )
-    for file in set(shards.file_of.values()):
-        if shards.metadata(file) != {"format": "pt"}:
-            raise SparseCheckpointError('its header\'s metadata is not {"format": "pt"}', file=shards.directory / file)
     total = sum(shards.bytes_of(part) for part in shards.file_of)
     metadata = {"total_size": total}
     if index != {"metadata": metadata, "weight_map": weight_map} or type(index["metadata"]["total_size"]) is not int:
         raise SparseCheckpointError(f"metadata has to be a total_size of {total}", file=index_file)
 
 
-def _check_parts(shards: Shards, entries: dict[str, TensorEntry]) -> list[str]:
-    """Names of the tensors in the order of their files."""
+def _check_parts(shards: Shards, table: Table) -> list[str]:
+    """The table against the headers. Names of the tensors in the order of their files."""
+    config_file = shards.directory / CONFIG_FILE
     owner: dict[str, str] = {}
-    for name, entry in entries.items():
+    for name, entry in table.entries.items():
         for part in entry.parts.values():
-            if part not in shards.file_of:
-                raise SparseCheckpointError(f"{part} is missing", file=shards.directory / INDEX_FILE, tensor=name)
+            found = shards.file_of.get(part)
+            if found is None:
+                raise SparseCheckpointError(f"{part} is missing", file=config_file, tensor=name)
             if part in owner:
+                raise SparseCheckpointError(f"{part} is also a part of {owner[part]}", file=config_file)
+            if table.version > 1 and found != table.shards[table.shard_of[name]]:
                 raise SparseCheckpointError(
-                    f"{part} is also a part of {owner[part]}", file=shards.directory / CONFIG_FILE
+                    f"says that {table.shards[table.shard_of[name]]} holds {part}; it is in {found}", file=config_file
                 )
             owner[part] = name
     for part, file in shards.file_of.items():
         if part not in owner:
             raise SparseCheckpointError(f"{part} belongs to no tensor in config.json", file=shards.directory / file)
+    for file in shards.files:
+        if shards.metadata(file) != {"format": "pt"}:
+            raise SparseCheckpointError('its header\'s metadata is not {"format": "pt"}', file=shards.directory / file)
     return list(dict.fromkeys(owner[part] for part in shards.file_of))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,22 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elsa_sparse.atomic import replaced_directory
-from elsa_sparse.checkpoint import (
-    CONFIG_FILE,
-    CONFIG_KEY,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    Shards,
-    read_json,
-    read_weight_map,
-)
-from elsa_sparse.companions import copy_companions
+from elsa_sparse.atomic import Staging, staged
+from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, Shards, read_json, read_weight_map
 from elsa_sparse.entry import ENCODINGS, Encoding, TensorEntry, encode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.model_card import CARD_FILE, model_card
 from elsa_sparse.opening import HINT, dense_config, is_sparse, open_checkpoint
+from elsa_sparse.owned import sha256_of
+from elsa_sparse.sources import companions, copy_companions, unchanged
 from elsa_sparse.symbols import count_negative_zeros
+from elsa_sparse.table import shard_names, table_as_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,45 +52,38 @@ class Written:
 class _ShardWriter:
     """Collects parts, and writes them to a file whenever there are enough of them."""
 
-    def __init__(self, directory: Path, stem: str, shard_size: int) -> None:
-        self._directory, self._stem, self._shard_size = directory, stem, shard_size
+    def __init__(self, directory: Path, shard_size: int) -> None:
+        self._directory, self._shard_size = directory, shard_size
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._files: list[list[str]] = []
+        self.files: list[Path] = []
+        self.parts: list[list[str]] = []
         self.total_size = 0
 
-    def add(self, parts: dict[str, Tensor]) -> None:
-        """Parts of one tensor; they stay together in a file."""
+    def add(self, parts: dict[str, Tensor]) -> int:
+        """Parts of one tensor, which stay together in a file; the file's index."""
         size = sum(part.numel() * part.element_size() for part in parts.values())
         if self._pending and self._pending_bytes + size > self._shard_size:
             self._write()
         self._pending |= parts
         self._pending_bytes += size
+        return len(self.files)
 
     def _write(self) -> None:
-        file = self._directory / self._numbered(len(self._files))
+        file = self._directory / f"{len(self.files)}.safetensors"
         try:
             save_file(self._pending, file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file} cannot be written: {error}") from error
-        self._files.append(list(self._pending))
+        self.files.append(file)
+        self.parts.append(list(self._pending))
         self.total_size += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
-    def finish(self) -> dict[str, str]:
-        """Write what is left, give the files their final names, and return the name of every part's file."""
-        if self._pending or not self._files:
+    def finish(self) -> None:
+        """Write what is left."""
+        if self._pending or not self.files:
             self._write()
-        count = len(self._files)
-        weight_map: dict[str, str] = {}
-        for i, parts in enumerate(self._files):
-            name = f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{i + 1:05}-of-{count:05}.safetensors"
-            (self._directory / self._numbered(i)).rename(self._directory / name)
-            weight_map |= dict.fromkeys(parts, name)
-        return dict(sorted(weight_map.items()))
-
-    def _numbered(self, i: int) -> str:
-        return f"{self._stem}-{i + 1:05}.safetensors"
 
 
 def save_sparse(
@@ -112,27 +98,28 @@ def save_sparse(
 ) -> Written:
     """Write a sparse checkpoint, equal to the dense one in every value; and say what it takes.
 
-    ``out_dir`` appears at once and complete, or not at all; an older checkpoint there stays whole until then. A tensor
-    that would not get smaller is stored dense. Tokenizer, generation config, recipe and model card of a directory
-    travel along; a model card is written where there is none.
+    ``out_dir`` appears at once and complete, or not at all; an older checkpoint there stays whole until then. Files in
+    it that this package did not write are neither replaced nor deleted. A tensor that would not get smaller is stored
+    dense. Tokenizer, generation config, recipe and model card of a directory travel along; a model card is written
+    where there is none.
 
-    :param model_or_dir: a transformers model, which is first saved as usual in a temporary directory beside
+    :param model_or_dir: a transformers model, which is first saved as usual in a temporary directory inside
         ``out_dir``, or a directory with a checkpoint in safetensors: dense, quantized, or sparse itself
     :param out_dir: directory to write
     :param encoding: ``coded`` (smallest), or ``bitmask`` (the layout of compressed-tensors up to 0.14, faster to read)
     :param bit_equal: keep the sign of zeros too: a weight pruned by a product with its mask is -0.0 where it was
         negative, which then takes as much as a weight that is kept
     :param max_shard_size: of a file, in bytes or like ``"2GB"``; also the memory that packing needs beyond one tensor
-    :param overwrite: allow that ``out_dir`` exists and is not empty
+    :param overwrite: allow that ``out_dir`` exists and is not empty: a sparse checkpoint there is replaced
     :param progress: show a progress bar
-    :raises SparseCheckpointError: if the source cannot be read, or holds what cannot be stored
-    :raises FileExistsError: if ``out_dir`` may not be overwritten
+    :raises SparseCheckpointError: if the source cannot be read, holds what cannot be stored, or changes meanwhile
+    :raises FileExistsError: if ``out_dir`` may not be overwritten, or has someone else's files where others must go
     :raises ValueError: if ``encoding`` or ``max_shard_size`` is not what it may be
     """
     if isinstance(model_or_dir, (str, Path)):
         shard_size = _checked(encoding, max_shard_size)
-        with replaced_directory(Path(out_dir), overwrite=overwrite) as partial:
-            return _pack(Path(model_or_dir), partial, encoding, bit_equal, shard_size, progress)
+        with staged(Path(out_dir), overwrite=overwrite) as staging:
+            return _pack(Path(model_or_dir), staging, encoding, bit_equal, shard_size, progress)
     return save_through(
         model_or_dir.save_pretrained,
         out_dir,
@@ -156,13 +143,11 @@ def save_through(
 ) -> Written:
     """As :func:`save_sparse`, of the checkpoint that ``save_dense`` writes to the directory it is given."""
     shard_size = _checked(encoding, max_shard_size)
-    with replaced_directory(Path(out_dir), overwrite=overwrite) as partial:
-        dense = partial / "dense"
+    with staged(Path(out_dir), overwrite=overwrite) as staging:
+        dense = staging.scratch / "dense"
         dense.mkdir()
         save_dense(dense)
-        written = _pack(dense, partial, encoding, bit_equal, shard_size, progress)
-        shutil.rmtree(dense)
-    return written
+        return _pack(dense, staging, encoding, bit_equal, shard_size, progress)
 
 
 def _checked(encoding: Encoding, max_shard_size: int | str) -> int:
@@ -171,31 +156,40 @@ def _checked(encoding: Encoding, max_shard_size: int | str) -> int:
     return _parse_size(max_shard_size)
 
 
-def _pack(source: Path, target: Path, encoding: Encoding, bit_equal: bool, shard_size: int, progress: bool) -> Written:
-    """Write a directory's checkpoint to another, existing one, ``config.json`` last."""
-    config = dense_config(read_json(source / CONFIG_FILE))
-    writer = _ShardWriter(target, "sparse-model", shard_size)
-    entries: list[TensorEntry] = []
+def _pack(
+    source: Path, staging: Staging, encoding: Encoding, bit_equal: bool, shard_size: int, progress: bool
+) -> Written:
+    """Put a directory's checkpoint in the place of the one that is there."""
+    writer = _ShardWriter(staging.scratch, shard_size)
+    entries: list[tuple[TensorEntry, int]] = []
     signs = 0
-    with _opened(source) as (count, tensors):
-        for name, tensor in _with_progress(tensors, count, "pack", progress):
-            # Where the configuration ties embeddings, a head in the checkpoint tells vLLM that they are not tied; it
-            # looks for it by its name.
-            untied = name.endswith("lm_head.weight") and config.get("tie_word_embeddings", False)
-            entry, parts = encode(name, tensor, "dense" if untied else encoding, bit_equal=bit_equal)
-            if entry.encoding != "dense" and not bit_equal:
-                signs += count_negative_zeros(tensor)
-            entries.append(entry)
-            writer.add({entry.parts[part]: stored for part, stored in parts.items()})
-    weight_map = writer.finish()
-    if len(weight_map) != sum(len(entry.parts) for entry in entries):
+    with unchanged(source, staging.directory):
+        config = dense_config(read_json(source / CONFIG_FILE))
+        _check_companions(source, staging)
+        with _opened(source) as (count, tensors):
+            for name, tensor in _with_progress(tensors, count, "pack", progress):
+                # Where the configuration ties embeddings, a head in the checkpoint tells vLLM that they are not tied;
+                # it looks for it by its name.
+                untied = name.endswith("lm_head.weight") and config.get("tie_word_embeddings", False)
+                entry, parts = encode(name, tensor, "dense" if untied else encoding, bit_equal=bit_equal)
+                if entry.encoding != "dense" and not bit_equal:
+                    signs += count_negative_zeros(tensor)
+                entries.append((entry, writer.add({entry.parts[part]: stored for part, stored in parts.items()})))
+        writer.finish()
+        copy_companions(source, staging.directory, staging.new)
+    if len({part for parts in writer.parts for part in parts}) != sum(len(entry.parts) for entry, _ in entries):
         raise SparseCheckpointError("two of its tensors would be stored under the same name", file=source)
-    _write_json(target / INDEX_FILE, {"metadata": {"total_size": writer.total_size}, "weight_map": weight_map})
-    copy_companions(source, target, leave=frozenset((CONFIG_FILE,)))
-    if not (target / CARD_FILE).exists():
-        (target / CARD_FILE).write_text(model_card(config, entries, writer.total_size), encoding="utf-8")
-    _write_sparse_config(target / CONFIG_FILE, config, entries)
-    dense_bytes = sum(entry.dense_bytes for entry in entries)
+    if not (staging.new / CARD_FILE).exists() and staging.is_free(CARD_FILE):
+        card = model_card(config, [entry for entry, _ in entries], writer.total_size)
+        (staging.new / CARD_FILE).write_text(card, encoding="utf-8")
+    files = staging.settle()
+    hashes = [sha256_of(file) for file in writer.files]
+    for file, name, sha256 in zip(writer.files, shard_names(hashes, files), hashes, strict=True):
+        file.rename(staging.new / name)
+        files = files | {name: sha256}
+    _write_sparse_config(staging.new / CONFIG_FILE, config, table_as_json(files, entries))
+    staging.commit(files)
+    dense_bytes = sum(entry.dense_bytes for entry, _ in entries)
     return Written(dense_bytes=dense_bytes, stored_bytes=writer.total_size, signs=signs)
 
 
@@ -209,22 +203,31 @@ def unpack(
 ) -> Written:
     """Write a sparse checkpoint as plain dense safetensors, which every engine reads. Atomic, as :func:`save_sparse`.
 
-    :raises SparseCheckpointError: if the checkpoint is not sparse, or not what it should be
-    :raises FileExistsError: if ``out_dir`` may not be overwritten
+    :param overwrite: allow that ``out_dir`` exists and is not empty; only a sparse checkpoint there is replaced
+    :raises SparseCheckpointError: if the checkpoint is not sparse, not what it should be, or changes meanwhile
+    :raises FileExistsError: as :func:`save_sparse`
     """
     source, shard_size = Path(directory), _parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source)
-    with checkpoint, replaced_directory(Path(out_dir), overwrite=overwrite) as target:
-        writer = _ShardWriter(target, "model", shard_size)
-        for name, tensor in _with_progress(checkpoint, len(checkpoint.entries), "unpack", progress):
-            writer.add({name: tensor})
-        weight_map = writer.finish()
-        if len(set(weight_map.values())) > 1:
-            _write_json(
-                target / _DENSE_INDEX, {"metadata": {"total_size": writer.total_size}, "weight_map": weight_map}
-            )
-        copy_companions(source, target, leave=frozenset((CONFIG_FILE,)))
-        _write_json(target / CONFIG_FILE, dense_config(checkpoint.config))
+    with staged(Path(out_dir), overwrite=overwrite) as staging:
+        writer = _ShardWriter(staging.scratch, shard_size)
+        with unchanged(source, staging.directory), open_checkpoint(source) as checkpoint:
+            _check_companions(source, staging)
+            for name, tensor in _with_progress(checkpoint, len(checkpoint.entries), "unpack", progress):
+                writer.add({name: tensor})
+            writer.finish()
+            copy_companions(source, staging.directory, staging.new)
+        count = len(writer.files)
+        weight_map: dict[str, str] = {}
+        for i, (file, names) in enumerate(zip(writer.files, writer.parts, strict=True)):
+            final = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+            file.rename(staging.new / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": writer.total_size}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(staging.new / _DENSE_INDEX, index)
+        files = staging.settle()
+        _write_json(staging.new / CONFIG_FILE, dense_config(checkpoint.config))
+        staging.commit(files)
     return Written(dense_bytes=writer.total_size, stored_bytes=writer.total_size)
 
 
@@ -261,13 +264,15 @@ def _with_progress(
     return bar
 
 
-def _write_sparse_config(file: Path, config: dict[str, Any], entries: list[TensorEntry]) -> None:
-    """``config.json``, with one line a tensor."""
-    lines = [f"      {json.dumps(entry.name)}: {json.dumps(entry.to_json())}" for entry in entries]
-    table = "{\n" + ",\n".join(lines) + "\n    }"
+def _check_companions(source: Path, staging: Staging) -> None:
+    """Refuse before any work what could not be put in its place after it."""
+    for name in companions(source, staging.directory):
+        staging.allows(name, source / name)
+
+
+def _write_sparse_config(file: Path, config: dict[str, Any], table: str) -> None:
     placeholder = "table of tensors"
-    config = config | HINT | {CONFIG_KEY: {"version": FORMAT_VERSION, "tensors": placeholder}}
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    text = json.dumps(config | HINT | {CONFIG_KEY: placeholder}, indent=2, ensure_ascii=False)
     before, _, after = text.rpartition(json.dumps(placeholder))
     file.write_text(f"{before}{table}{after}\n", encoding="utf-8")
 

@@ -56,9 +56,10 @@ def test_errors_are_a_line(pruned, sparse, tmp_path):
     assert output.startswith("error: ") and "config.json: there is no such file" in output
     assert "not a sparse checkpoint" in run("unpack", pruned(), tmp_path / "out", code=1).stderr
     assert "max_shard_size is 'x'" in run("pack", pruned(), tmp_path / "out", "--max-shard-size", "x", code=1).stderr
-    data = bytearray((directory / "sparse-model.safetensors").read_bytes())
+    [file] = directory.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
     data[-1] ^= 1
-    (directory / "sparse-model.safetensors").write_bytes(data)
+    file.write_bytes(data)
     assert "checksum" in run("inspect", directory, "--verify", code=1).stderr
 
 
@@ -66,7 +67,7 @@ def test_sizes_are_those_that_were_written(pruned, tmp_path, monkeypatch):
     """Also from inside the output directory, with files of another checkpoint in it; the same as inspect's."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "model-00007-of-00009.safetensors").write_bytes(bytes(10**6))
+    (out / "other-00007-of-00009.safetensors").write_bytes(bytes(10**6))
     monkeypatch.chdir(out)
     packed = run("pack", pruned(), ".", "--overwrite").stdout
     total = json.loads(run("inspect", out, "--json").stdout)["total"]

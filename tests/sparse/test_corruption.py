@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,8 +15,9 @@ from elsa_sparse import SparseCheckpoint, SparseCheckpointError, open_checkpoint
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, INDEX_FILE
 from elsa_sparse.entry import TensorEntry, digest
 from elsa_sparse.writing import save_sparse
+from tests.sparse.test_writing import VERSION_1
 
-KINDS = ("flip", "flip-header", "flip-index", "flip-table", "truncate", "swap", "lie", "consistent-lie")
+KINDS = ("flip", "flip-header", "flip-table", "truncate", "swap", "lie", "consistent-lie")
 FILES = 500
 
 
@@ -47,6 +49,10 @@ def _pick_shard(directory, generator):
     return generator.choice(sorted(directory.glob("*.safetensors")))
 
 
+def _entry(name, table):
+    return TensorEntry.from_json(name, {field: value for field, value in table[name].items() if field != "shard"})
+
+
 def _swap_tensors(directory, generator):
     """Two tensors of one kind, such as two layers' q_proj, change places."""
     config = json.loads((directory / CONFIG_FILE).read_text())
@@ -58,7 +64,7 @@ def _swap_tensors(directory, generator):
     ]
     a, b = generator.choice(pairs)
     shards = {file: load_file(file) for file in directory.glob("*.safetensors")}
-    for part in TensorEntry.from_json(a, table[a]).parts:
+    for part in _entry(a, table).parts:
         here = next(parts for parts in shards.values() if f"{a}.{part}" in parts)
         there = next(parts for parts in shards.values() if f"{b}.{part}" in parts)
         here[f"{a}.{part}"], there[f"{b}.{part}"] = there[f"{b}.{part}"], here[f"{a}.{part}"]
@@ -103,7 +109,7 @@ def _consistent_lie(directory, generator, edit_config):
     def change(config):
         table = config[CONFIG_KEY]["tensors"]
         name = generator.choice([name for name in sorted(table) if table[name]["encoding"] != "dense"])
-        entry = TensorEntry.from_json(name, table[name])
+        entry = _entry(name, table)
         shape = (*entry.shape[:-1], entry.shape[-1] + generator.choice([-1, 1, 2**40]))
         lies = [replace(entry, shape=shape), replace(entry, sparsity=round((entry.sparsity + 0.1) % 1, 6))]
         if entry.layout is not None:
@@ -117,7 +123,7 @@ def _consistent_lie(directory, generator, edit_config):
         for file in directory.glob("*.safetensors"):
             parts |= load_file(file)
         lie = replace(lie, sha256=digest(lie, {part: parts[stored] for part, stored in lie.parts.items()}))
-        table[name] = lie.to_json()
+        table[name] = {"shard": table[name]["shard"]} | lie.to_json()
         told.append(f"{name}: {lie}")
 
     edit_config(directory, change)
@@ -130,16 +136,14 @@ def _damage(kind, directory, generator, edit_config):
     if kind == "flip-header":
         file = _pick_shard(directory, generator)
         return _flip(file, generator, end=8 + int.from_bytes(file.read_bytes()[:8], "little"))
-    if kind == "flip-index":
-        return _flip(directory / INDEX_FILE, generator)
     if kind == "flip-table":
         text = (directory / CONFIG_FILE).read_text()
         table = re.search(rf'"{CONFIG_KEY}": \{{.*^  \}}', text, re.DOTALL | re.MULTILINE)
         return _flip(directory / CONFIG_FILE, generator, *table.span())
     if kind == "truncate":
-        file = generator.choice([*sorted(directory.glob("*.safetensors")), directory / INDEX_FILE])
+        file = generator.choice([*sorted(directory.glob("*.safetensors")), directory / CONFIG_FILE])
         data = file.read_bytes()
-        # The index ends in "}\n", of which the last character says nothing.
+        # config.json ends in "}\n", of which the last character says nothing.
         length = generator.randrange(len(data) - 1)
         file.write_bytes(data[:length])
         return f"{file.name} cut to {length} of {len(data)} bytes"
@@ -184,7 +188,7 @@ def test_intact_is_accepted(intact):
 
 def test_errors_name_file_and_tensor(sparse):
     directory = sparse()
-    file = directory / "sparse-model.safetensors"
+    [file] = directory.glob("*.safetensors")
     parts = load_file(file)
     name = "model.layers.0.mlp.down_proj.weight"
     parts[f"{name}.plane0"][0] ^= 1
@@ -201,14 +205,21 @@ def test_errors_name_file_and_tensor(sparse):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c[CONFIG_KEY].update(version=2), "version is 2; this version of elsa-modifier reads 1"),
+        (lambda c: c[CONFIG_KEY].update(version=3), "version is 3; this version of elsa-modifier reads 1 and 2"),
         (lambda c: c[CONFIG_KEY].update(version=True), "version is True"),
         (lambda c: c.update({CONFIG_KEY: 3}), "version is None"),
         (lambda c: c[CONFIG_KEY].update(extra=1), "and nothing else"),
         (lambda c: c.pop(CONFIG_KEY), "this is not a sparse checkpoint"),
         (lambda c: c[CONFIG_KEY]["tensors"].popitem(), "belongs to no tensor"),
         (lambda c: c[CONFIG_KEY]["tensors"].update(x=1), "tensor x: its entry is not an object"),
-        (lambda c: c[CONFIG_KEY]["tensors"].update(x={}), "tensor x: encoding is missing; allowed is one of dense"),
+        (lambda c: c[CONFIG_KEY]["tensors"].update(x={}), "tensor x: shard is None; allowed is 1 to 1"),
+        (lambda c: c[CONFIG_KEY]["tensors"].update(x={"shard": 2}), "tensor x: shard is 2; allowed is 1 to 1"),
+        (lambda c: c[CONFIG_KEY]["tensors"].update(x={"shard": 1}), "tensor x: encoding is missing; allowed is one of"),
+        (lambda c: c[CONFIG_KEY].update(files=3), "files is not a mapping of names in the directory to SHA-256"),
+        (lambda c: c[CONFIG_KEY]["files"].update({"../notes": "0" * 64}), "files is not a mapping of names in the dir"),
+        (lambda c: c[CONFIG_KEY]["files"].update({"config.json": "0" * 64}), "files is not a mapping of names in the"),
+        (lambda c: c[CONFIG_KEY]["files"].update(notes="0" * 64), "the shards' names do not agree with it"),
+        (lambda c: c[CONFIG_KEY]["files"].update({"README.md": "0" * 64}), "the shards' names do not agree with it"),
     ],
 )
 def test_tables_that_are_not_of_this_version(change, message, sparse, edit_config):
@@ -218,15 +229,42 @@ def test_tables_that_are_not_of_this_version(change, message, sparse, edit_confi
         SparseCheckpoint.open(directory)
 
 
-def test_paths_out_of_the_directory_are_refused(sparse):
-    directory = sparse()
-    outside = directory.parent / "outside.safetensors"
-    (directory / "sparse-model.safetensors").rename(outside)
-    index = json.loads((directory / INDEX_FILE).read_text())
-    index["weight_map"] = dict.fromkeys(index["weight_map"], "../outside.safetensors")
-    (directory / INDEX_FILE).write_text(json.dumps(index))
-    with pytest.raises(SparseCheckpointError, match="no such file in the checkpoint"):
+def test_a_tensor_in_another_shard_than_its_entry_says_is_refused(sparse, edit_config):
+    directory = sparse(max_shard_size="5KB")
+    edit_config(directory, lambda c: c[CONFIG_KEY]["tensors"]["model.norm.weight"].update(shard=1))
+    with pytest.raises(
+        SparseCheckpointError, match=r"config\.json: says that \S+-00001-of-\S+ holds model\.norm\.weight"
+    ):
         SparseCheckpoint.open(directory)
+
+
+@pytest.fixture
+def version_1(tmp_path):
+    return Path(shutil.copytree(VERSION_1, tmp_path / "version_1"))
+
+
+def test_damage_to_an_index_of_version_1_is_refused(version_1, tmp_path):
+    generator = random.Random(0)
+    original = (version_1 / INDEX_FILE).read_bytes()
+    for _ in range(60):
+        (version_1 / INDEX_FILE).write_bytes(original)
+        what = _flip(version_1 / INDEX_FILE, generator, end=len(original) - 1)
+        with pytest.raises(SparseCheckpointError) as error:
+            SparseCheckpoint.open(version_1)
+        assert str(error.value).startswith(f"{version_1}/"), what
+    (version_1 / INDEX_FILE).unlink()
+    with pytest.raises(SparseCheckpointError, match=r"sparse-model\.safetensors\.index\.json: there is no such file"):
+        SparseCheckpoint.open(version_1)
+
+
+def test_paths_out_of_the_directory_are_refused(version_1):
+    outside = version_1.parent / "outside.safetensors"
+    (version_1 / "sparse-model-00001-of-00002.safetensors").rename(outside)
+    index = json.loads((version_1 / INDEX_FILE).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../outside.safetensors")
+    (version_1 / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(SparseCheckpointError, match="no such file in the checkpoint"):
+        SparseCheckpoint.open(version_1)
 
 
 def test_unfinished_directory(tmp_path):

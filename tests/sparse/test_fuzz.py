@@ -25,7 +25,7 @@ from elsa_sparse import SparseCheckpointError, open_checkpoint, save_sparse
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY
 from elsa_sparse.entry import TensorEntry, digest
 from tests.fuzzing import CASES, KINDS, ODD_NAMES, as_bytes, become, cases, limits, mutated
-from tests.sparse.test_writing import OLD_FORMAT
+from tests.sparse.test_writing import OLD_FORMAT, VERSION_1
 
 OUTCOMES = Counter()
 
@@ -57,6 +57,7 @@ def templates(tmp_path_factory):
     for encoding in ("coded", "bitmask"):
         save_sparse(dense, directory / encoding, encoding=encoding, progress=False)
     shutil.copytree(OLD_FORMAT, directory / "old")
+    shutil.copytree(VERSION_1, directory / "version_1")
     return Templates(
         (made.name, {file.name: _parsed(file) for file in sorted(made.iterdir())}) for made in directory.iterdir()
     )
@@ -128,16 +129,17 @@ def _with_claim(files, name):
     """A small tensor whose table says that its streams inflate to far more, which they do."""
     config = json.loads(json.dumps(files[CONFIG_FILE]))
     entry = config[CONFIG_KEY]["tensors"][name]
-    shard = "sparse-model.safetensors"
-    streams = TensorEntry.from_json(name, entry).layout.streams
+    (shard,) = (file for file in files if file.endswith(".safetensors"))
+    streams = _entry(name, entry).layout.streams
     for part in streams:
         files = files | {shard: _with_bomb(*files[shard], f"{name}.{part}")}
-    index = "sparse-model.safetensors.index.json"
-    if index in files:
-        total = sum(v["data_offsets"][1] - v["data_offsets"][0] for k, v in files[shard][0].items() if k[0] != "_")
-        files = files | {index: files[index] | {"metadata": {"total_size": total}}}
     entry |= {"kept": BOMB_BYTES, "gap_bytes": BOMB_BYTES, "deflated": list(streams)}
     return _signed(files | {CONFIG_FILE: config})
+
+
+def _entry(name, data):
+    """A tensor's entry, of either version of the table."""
+    return TensorEntry.from_json(name, {key: value for key, value in data.items() if key != "shard"})
 
 
 def _signed(files):
@@ -149,7 +151,7 @@ def _signed(files):
             if name.endswith(".safetensors"):
                 parts |= load(_written(content))
         for name, data in config[CONFIG_KEY]["tensors"].items():
-            entry = TensorEntry.from_json(name, data)
+            entry = _entry(name, data)
             stored = {part: parts[where] for part, where in entry.parts.items()}
             sparsity = data["sparsity"]
             data["sha256"] = digest(replace(entry, sparsity=sparsity), stored)
