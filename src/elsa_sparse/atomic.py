@@ -88,7 +88,10 @@ class Staging:
         for path in (self.new / CONFIG_FILE, *self.new.rglob("*"), self.new):
             _sync(path)
         journal = stage / "scratch" / _JOURNAL
-        journal.write_text(json.dumps({"old": self._owned, "new": files}), encoding="utf-8")
+        parents = {parent.as_posix() for name in files for parent in Path(name).parents if parent.name}
+        made = sorted(parent for parent in parents if not (self.directory / parent).exists())
+        text = json.dumps({"old": self._owned, "new": files, "directories": made})
+        journal.write_text(text, encoding="utf-8")
         _sync(journal)
         journal.replace(stage / _JOURNAL)
         _sync(stage)
@@ -168,7 +171,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Staging]:
     :raises FileExistsError: if it does and may not, if files in it are in the way, or another process is writing it
     """
     target = Path(os.path.realpath(target))
-    if not (target / STAGE).exists():
+    if not any((target / name).exists() for name in (STAGE, LOCK_FILE)):
         check_target(target, overwrite=overwrite)
     if not target.exists():
         with _made_beside(target) as staging:
@@ -275,6 +278,9 @@ def _recover(directory: Path, *, discard: bool = False) -> None:
         else:
             for name, sha256 in journal["new"].items():
                 _undo(directory, name, sha256)
+            for name in reversed(journal["directories"]):
+                with suppress(OSError):  # there is none, or it holds something else
+                    (directory / name).rmdir()
             if committed:
                 (directory / CONFIG_FILE).unlink(missing_ok=True)
         _sync(directory)
