@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -221,10 +222,8 @@ def main(case: str, links: bool) -> None:
                 place.run(root)
             else:
                 # A dense checkpoint is not replaced. What is left goes with the next save that is allowed.
-                try:
+                with suppress(FileExistsError):
                     save(root / "dense2", place.out)
-                except FileExistsError:
-                    pass
             bad += [f"{call}, next: {fault}" for fault in place.faults()]
             if content(place.out) != place.expected or place.leftovers(complete):
                 bad.append(f"{call}, next: {content(place.out)}, {sorted(place.leftovers(complete))}")

@@ -1,8 +1,8 @@
 """Rounds of processes that save into one directory at once. Prints a JSON line.
 
 ``race_saves.py ROUNDS``. Rounds differ in what lies there: nothing, an empty directory, an older checkpoint with other
-people's files beside it, the same behind a link. In every round at least one save has to succeed, the others have to say
-why not, the directory has to hold one of the saved checkpoints, and nobody's file may be touched.
+people's files beside it, the same behind a link. In every round at least one save has to succeed, the others have to
+say why not, the directory has to hold one of the saved checkpoints, and nobody's file may be touched.
 """
 
 import json
