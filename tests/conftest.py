@@ -2,6 +2,7 @@
 
 import copy
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -110,3 +111,15 @@ def fresh_session():
     reset_session()
     yield
     reset_session()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A file system of its own, of 8 MB."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"mounting is not permitted: {mount.stderr}")
+    yield place
+    subprocess.run(["umount", place], check=True)

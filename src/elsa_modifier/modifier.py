@@ -24,7 +24,7 @@ from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
 from elsa_modifier.quantization.modifier import keep_zeros, release
 from elsa_modifier.saved_keys import experts_to_fuse
-from elsa_modifier.saving import extend_save_pretrained
+from elsa_modifier.saving import check_output_directory, extend_save_pretrained
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.base_optimizer import (
     LOW_BIT_OPTIMIZERS,
@@ -232,7 +232,7 @@ class ELSAModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check model, data and recipe against each other, before the first step of any modifier.
 
-        :raises ValueError: if the run cannot work; the message says which field to change
+        :raises ValueError, OSError: if the run cannot work; the message says which field to change
         """
         refuse_launchers()
         refuse_encoder_decoder(state.model)
@@ -248,6 +248,7 @@ class ELSAModifier(Modifier):
         check_unquantized(state.model)
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)
+        check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
         keep_in_recipe_file(recipe)
         self._later = following(self, recipe)
         return True

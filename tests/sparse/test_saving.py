@@ -209,18 +209,6 @@ def test_links_in_the_directory_are_someone_else_s(sparse, pruned, tmp_path):
     assert [path.name for path in elsewhere.iterdir()] == [CONFIG_FILE]
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """A file system of its own, of 8 MB."""
-    place = tmp_path / "mounted"
-    place.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"mounting is not permitted: {mount.stderr}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
 def test_a_mount_point(mounted, pruned):
     device = mounted.stat().st_dev
     save_sparse(pruned(), mounted, progress=False)
