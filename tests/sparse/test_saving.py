@@ -1,5 +1,6 @@
 """Where a checkpoint is saved: nothing of anyone else's is harmed, whatever lies there and whatever happens."""
 
+import fcntl
 import json
 import os
 import resource
@@ -345,6 +346,25 @@ def test_a_directory_that_is_being_written(sparse, pruned, tmp_path, monkeypatch
     with open_checkpoint(tmp_path / "new") as checkpoint:
         checkpoint.verify()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "sparse"]
+
+
+def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking it, its holder lets go of it, and a third process takes a new one."""
+    flock, third = fcntl.flock, []
+
+    def flock_late(handle, operation):
+        if not third:
+            (tmp_path / LOCK_FILE).unlink()
+            third.append(None)
+            third[0] = DirectoryLock(tmp_path)
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with pytest.raises(FileExistsError, match="another process is writing"):
+        DirectoryLock(tmp_path)
+    third[0].release()
+    DirectoryLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [LOCK_FILE, ".elsa-save/notes.txt", ".elsa-save"])
