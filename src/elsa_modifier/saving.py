@@ -12,7 +12,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.offload import from_accelerate
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.transformers.utils import RECIPE_FILE_NAME
 from loguru import logger
@@ -132,9 +131,6 @@ def extend_save_pretrained(
 
 def _rescue(model: PreTrainedModel, save_dense: Callable[[Path], None]) -> str:
     """Put a model wherever there is room for it, and say where that is."""
-    if hasattr(model, "hf_device_map"):
-        # llm-compressor puts it into this form to save it, and back afterwards if saving succeeds.
-        from_accelerate(model)
     ways: list[Callable[[Path], None]] = [save_dense, lambda directory: _save_weights(model, directory)]
     for save in ways:
         for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir())):
