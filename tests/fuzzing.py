@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 # A run by hand sets this to 10,000, and draws anew every time.
 CASES = int(os.environ.get("ELSA_FUZZ_CASES", "0"))
-SECONDS = 10
+SECONDS = 30
 # Bytes that a case may take; and at which it is stopped, so that the machine is not.
 MEMORY = 400 * 10**6
 _STOPPED_AT = 4 * 10**9

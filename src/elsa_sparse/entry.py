@@ -94,16 +94,14 @@ class TensorEntry:
         if math.prod(max(1, count) for count in shape) * DTYPES[dtype].itemsize >= 2**63:
             raise SparseCheckpointError(f"shape is {shape}; no tensor is that large", tensor=name)
         sparsity = read("sparsity", lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1")
-        sha256 = read(
-            "sha256",
-            lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None,
-            "64 hexadecimal digits",
-        )
+        sha256 = read("sha256", _is_digest, "64 hexadecimal digits")
         layout = None
         if encoding == "coded":
             width = 8 * DTYPES[dtype].itemsize
             bits = read(
-                "symbol_bits", lambda v: type(v) is int and v in (4, 8, 16, 32, 64) and v <= width, f"4 to {width}"
+                "symbol_bits",
+                lambda v: type(v) is int and v in (4, 8, 16, 32, 64) and v <= width,
+                f"4, 8, 16, 32 or 64, at most {width}",
             )
             layout = CodedLayout(
                 symbol_bits=bits,
