@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,7 @@ def plan(
         str, typer.Argument(metavar="MODEL", help="Directory with a config.json, or a name on the hub. No weights.")
     ],
     recipe: Annotated[
-        Path, typer.Option(help="Recipe with an ELSAModifier.", exists=True, dir_okay=False, show_default=False)
+        str, typer.Option(help="Recipe with an ELSAModifier: a file, or a name such as elsa_90.", show_default=False)
     ],
     gpus: Annotated[int, typer.Option(help="GPUs that share the run.", min=1, max=1_000_000)] = 1,
     gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GB.", min=0, max=1e6)] = 80.0,

@@ -4,7 +4,6 @@ import json
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.dev import get_main_device
@@ -38,6 +37,7 @@ from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
 from elsa_modifier.unreached import warn_of_unreached
+from elsa_modifier.zeros import put_zeros_back
 from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
@@ -324,20 +324,7 @@ class ELSAModifier(Modifier):
         if any(trains(modifier) for modifier in self._later):
             # That one has chosen zeros, and a history to save, anew.
             return True
-        modules = dict(state.model.named_modules())
-        pruned = lost = 0
-        for name, (bits, shape) in self._masks.items():
-            module = modules[name]
-            outside = ~unpack_bits(bits.to(get_execution_device(module)), shape)
-            weight = module.weight.detach()
-            returned = int((weight[outside] != 0).sum())
-            pruned += int(outside.sum())
-            lost += returned
-            if returned:
-                update_offload_parameter(module, "weight", weight.masked_fill(outside, 0.0))
-                still = int((module.weight.detach()[outside] != 0).sum())
-                if still:
-                    raise RuntimeError(f"{still} pruned weights of {name} are not zero and cannot be set to zero")
+        pruned, lost = put_zeros_back(state.model, self._masks)
         message = f"ELSA: {pruned:,} pruned weights; zero before {pruned - lost:,}, after {pruned:,}"
         if self._unreached:
             message += f"; {len(self._unreached)} targets without a gradient are as they were"

@@ -89,8 +89,8 @@ def extend_save_pretrained(
 ) -> None:
     """Have a model's ``save_pretrained`` also write the history, and pack the result unless it stays dense.
 
-    If it fails, or the model's class would not find what it wrote, it writes the dense model to the working directory or to the one for temporary files, and raises an
-    OSError that says where.
+    If it fails, or the model's class would not find what has been written, it writes the dense model to the working
+    directory or to the one for temporary files, and raises an OSError that says where.
 
     :param history: content of ``elsa_history.json``
     :param checkpoint: ``dense``, ``coded`` or ``bitmask``
