@@ -125,16 +125,21 @@ def test_a_model_that_its_class_would_not_read_back_is_refused(load, tokens):
     assert modifier.history == []
 
 
-@pytest.mark.parametrize("encoding", ["dense", "coded"])
-def test_files_that_its_class_would_not_read_are_not_passed_over(encoding, checkpoint, tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoding,error", [("dense", RuntimeError), ("coded", OSError)])
+def test_files_that_its_class_would_not_read_are_not_passed_over(
+    encoding, error, checkpoint, tokens, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saving, "fusing_experts", lambda *_: contextlib.nullcontext())
-    with pytest.raises(RuntimeError, match=r"it looks for model.layers.0.mlp.experts.down_proj, .*it does not know"):
+    with pytest.raises(error, match=r"it looks for model.layers.0.mlp.experts.down_proj, .*it does not know"):
         oneshot(
             model=str(checkpoint("mixtral")),
             dataset=tokens,
             recipe=[ELSAModifier(**QUICK, checkpoint=encoding)],
-            output_dir=str(tmp_path),
+            output_dir=str(tmp_path / "out"),
         )
+    assert (tmp_path / "out" / "model.safetensors").exists() == (encoding == "dense")
+    assert bool(list(tmp_path.glob("elsa-rescued-*/model.safetensors"))) == (encoding == "coded")
 
 
 class Interleaved(torch.nn.Module):

@@ -130,7 +130,7 @@ def test_a_disk_that_fills_while_training_costs_nothing(form, quantized, run, mo
 
 def test_the_directory_for_temporary_files_comes_second(load, mounted, tmp_path, monkeypatch):
     model = load()
-    extend_save_pretrained(model, history="{}", checkpoint="coded")
+    extend_save_pretrained(model, history="{}", checkpoint="coded", experts={})
     fill(mounted, 20_000)
     monkeypatch.chdir(mounted)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -149,7 +149,7 @@ def test_weights_are_rescued_without_what_failed_to_save_them(load, tmp_path, mo
         raise RuntimeError("no luck")
 
     model.save_pretrained = fails
-    extend_save_pretrained(model, history="{}", checkpoint="dense")
+    extend_save_pretrained(model, history="{}", checkpoint="dense", experts={})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="no luck") as error:
         model.save_pretrained(tmp_path / "out")
@@ -159,7 +159,7 @@ def test_weights_are_rescued_without_what_failed_to_save_them(load, tmp_path, mo
 
 def test_nowhere_to_save_is_said(load, mounted, monkeypatch):
     model = load()
-    extend_save_pretrained(model, history="{}", checkpoint="coded")
+    extend_save_pretrained(model, history="{}", checkpoint="coded", experts={})
     fill(mounted, 20_000)
     monkeypatch.chdir(mounted)
     monkeypatch.setattr("tempfile.tempdir", str(mounted))

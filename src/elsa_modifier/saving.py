@@ -89,8 +89,9 @@ def extend_save_pretrained(
 ) -> None:
     """Have a model's ``save_pretrained`` also write the history, and pack the result unless it stays dense.
 
-    If it fails, or the model's class would not find what has been written, it writes the dense model to the working
-    directory or to the one for temporary files, and raises an OSError that says where.
+    If it fails, it writes the dense model to the working directory or to the one for temporary files, and raises an
+    OSError that says where. If the model's class would not find what has been written, a dense model stays, and a
+    RuntimeError says so; it is not packed, but put elsewhere as any that cannot be saved.
 
     :param history: content of ``elsa_history.json``
     :param checkpoint: ``dense``, ``coded`` or ``bitmask``
@@ -103,10 +104,13 @@ def extend_save_pretrained(
         def save_dense(directory: Path) -> None:
             with fusing_experts(model, experts):
                 inner(str(directory), *args, **kwargs)
-            check_saved_keys(model, directory)
             partial = directory / f".{HISTORY_FILE}.partial"
             partial.write_text(history)
             partial.replace(directory / HISTORY_FILE)
+
+        def save_readable(directory: Path) -> None:
+            save_dense(directory)
+            check_saved_keys(model, directory)
 
         if checkpoint != "dense" and kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the dense model; save it, then upload the directory")
@@ -115,7 +119,7 @@ def extend_save_pretrained(
                 save_dense(Path(save_directory))
             else:
                 save_through(
-                    save_dense,
+                    save_readable,
                     Path(save_directory),
                     encoding=checkpoint,
                     max_shard_size=kwargs.get("max_shard_size", DEFAULT_SHARD_SIZE),
@@ -125,6 +129,8 @@ def extend_save_pretrained(
             kwargs.pop("push_to_hub", None)
             rescued = _rescue(model, save_dense)
             raise OSError(f"the model could not be saved to {save_directory}: {error}. {rescued}") from error
+        if checkpoint == "dense":
+            check_saved_keys(model, Path(save_directory))
 
     model.save_pretrained = save_pretrained
 

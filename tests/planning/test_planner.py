@@ -171,7 +171,8 @@ def test_errors_name_what_is_wrong(tiny, tmp_path):
     assert "mask_structure 5:7" in error(stage + "ELSAModifier:\n      mask_structure: '5:7'\n")
     assert "recipe.yaml" in error("][")
     assert "config.json" in run(tmp_path, "--recipe", ROOT / "recipes/elsa_90.yaml", code=2).stderr
-    assert "--recipe" in run(tiny, "--recipe", tmp_path / "none.yaml", code=2).stderr
+    assert "none.yaml is not a file, and no recipe" in run(tiny, "--recipe", tmp_path / "none.yaml", code=2).stderr
+    assert json.loads(run(tiny, "--recipe", "elsa_90", "--json").stdout)["fits"]
 
 
 def test_the_worked_example():
