@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_MMAP_MAX_ := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test serve-test lint demo benchmarks serve-benchmarks clean
+.PHONY: setup test serve-test lint mutants demo benchmarks serve-benchmarks clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Small faults put into the sources, and how many of them the tests notice; an hour, and it can be cut short and go on.
+MUTANTS := --count 300 --seed 0 --jobs 2
+mutants: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
 # Prune SmolLM2-135M-Instruct to 80%, measure, save, reload.
 demo: setup

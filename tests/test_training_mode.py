@@ -83,11 +83,10 @@ def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, load, text
         optimizer.base.register_step_pre_hook(lambda base, *_: used.append(base.param_groups[0]["lr"]))
 
     modifier = run(load(), texts, watched(watching), lr_schedule=schedule, warmup_steps=warmup)
-    expected = [
-        i / warmup if i < warmup else SCHEDULES[schedule]((i - warmup) / (STEPS - warmup)) for i in range(STEPS)
-    ]
-    assert [record.learning_rate for record in modifier.history] == pytest.approx([1e-3 * e for e in expected])
-    assert used == pytest.approx([1e-3 * e for e in expected])
+    falling = [SCHEDULES[schedule](i / (STEPS - warmup)) for i in range(STEPS - warmup)]
+    expected = [1e-3 * factor for factor in [i / warmup for i in range(warmup)] + falling]
+    assert [record.learning_rate for record in modifier.history] == pytest.approx(expected)
+    assert used == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adam8bit_sr", "adamfp8"])
