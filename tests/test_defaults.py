@@ -1,9 +1,10 @@
-"""What a recipe that sets nothing gets, and the last values that are allowed: a change of either is one for every user."""
+"""What a recipe that sets nothing gets, and the last values that are allowed: changes of these reach every user."""
 
 import json
 
 import pytest
 from llmcompressor import oneshot
+from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
 from elsa_modifier import ELSAModifier, MaskedGPTQModifier
@@ -125,3 +126,7 @@ def test_history_holds_the_fields_and_nothing_of_the_lifecycle(load, texts, tmp_
     assert set(history["modifier"]) == own
     assert {name: history["modifier"][name] for name in DEFAULTS} == DEFAULTS | QUICK
     assert [step["step"] for step in history["steps"]] == [1] and model is not None
+
+
+def test_a_state_without_data_has_no_loader(load):
+    assert ELSAModifier._calibration_loader(State(model=load(), data=None)) is None

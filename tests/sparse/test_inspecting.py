@@ -10,6 +10,7 @@ from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.entry import TensorEntry, sparsity_of
 from elsa_sparse.inspecting import Row, by_layer, inspect, summarize
 from elsa_sparse.model_card import model_card
+from tests.sparse.test_cli import run
 
 
 def row(name, weights=0, sparsity=0.0, dense=8, stored=4, encoding="coded"):
@@ -99,3 +100,29 @@ def test_a_dense_directory_that_lacks_its_weights_is_refused(pruned, tmp_path):
         inspect(tmp_path, progress=False)
     save_file({"w": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     assert [r.sparsity for r in inspect(tmp_path, progress=False)] == [1.0]
+
+
+def test_the_table_names_its_columns_and_rows(pruned):
+    lines = run("inspect", pruned()).stdout.splitlines()
+    header = next(line for line in lines if "layer" in line)
+    assert [column.strip() for column in header.split("┃")[1:-1]] == [
+        "layer",
+        "stored as",
+        "sparsity",
+        "dense MB",
+        "stored MB",
+        "ratio",
+    ]
+    total = summarize("total", inspect(pruned(), progress=False))
+    megabytes = f"{total.dense_bytes / 1e6:,.2f}"
+    cells = [line.split("│")[1:-1] for line in lines if "│" in line]
+    assert [cell.strip() for cell in cells[-1]] == [
+        "total",
+        "dense",
+        f"{total.sparsity:.2%}",
+        megabytes,
+        megabytes,
+        "1.00",
+    ]
+    assert len(cells) == 1 + len(by_layer(inspect(pruned(), progress=False)))
+    assert "tensor" in run("inspect", pruned(), "--tensors").stdout

@@ -160,7 +160,7 @@ def test_what_is_not_sparse_is_left_to_transformers(pruned, sparse, tmp_path, lo
     with pytest.raises(ValueError, match="state_dict"):
         LlamaForCausalLM.from_pretrained(sparse(), config=config, state_dict=state)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="config.json"):
+    with pytest.raises(OSError):
         LlamaForCausalLM.from_pretrained(tmp_path / "empty")
 
 
