@@ -196,7 +196,10 @@ class Coverage:
 
 
 def _spans(tree: ast.Module, line: int) -> list[tuple[int, int]]:
-    """First and last lines of what holds a line: its statement (of a compound one the head), what defines it, all."""
+    """First and last lines of what holds a line: its statement (of a compound one the head), what defines it, all.
+
+    What a cache holds was computed in one test and is used in others: of such a function, all of the file.
+    """
     spans = {"statement": (line, line), "definition": (1, sys.maxsize)}
     for node in ast.walk(tree):  # outer ones first
         if isinstance(node, ast.stmt) and node.lineno <= line <= (end := node.end_lineno or node.lineno):
@@ -204,6 +207,8 @@ def _spans(tree: ast.Module, line: int) -> list[tuple[int, int]]:
             spans["statement"] = (node.lineno, max(node.lineno, body[0].lineno - 1 if body else end))
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 spans["definition"] = (node.lineno, end)
+                if any("cache" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    return [(1, sys.maxsize)]
     return [*spans.values(), (1, sys.maxsize)]
 
 
