@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from elsa_sparse.bitmask import decode_bitmask, encode_bitmask
 from elsa_sparse.entry import ENCODINGS, TensorEntry, encode
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.symbols import DTYPES, SAFETENSORS_DTYPES, from_symbols, symbol_dtype, to_symbols
@@ -92,3 +93,15 @@ def test_symbols_are_a_tensor_s_bits(bits, dtype):
     back = from_symbols(symbols, bits, dtype, (2, 3))
     assert back.dtype == dtype and back.shape == (2, 3) and torch.equal(back.view(torch.uint8).view(-1), raw)
     assert DTYPES[str(dtype).removeprefix("torch.")] is dtype
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 16])
+def test_bitmasks_have_up_to_16_dimensions(dimensions):
+    tensor = torch.tensor([0.0, 1.0, 0.0, 2.0]).view([1] * (dimensions - 1) + [4])
+    parts = encode_bitmask(tensor)
+    assert parts["shape"].tolist() == list(tensor.shape) and torch.equal(decode_bitmask(parts), tensor)
+
+
+def test_bitmasks_have_no_more():
+    with pytest.raises(SparseCheckpointError, match="shape is not a list of 1 to 16 dimensions"):
+        decode_bitmask(encode_bitmask(torch.ones([1] * 17)))

@@ -14,7 +14,7 @@ from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.opening import dense_config, is_sparse, open_checkpoint
 from elsa_sparse.transformers_loading import load_sparse, teach_from_pretrained
-from elsa_sparse.writing import unpack
+from elsa_sparse.writing import save_sparse, unpack
 from tests.sparse.test_writing import OLD_FORMAT
 
 SPARSITY = {"format": "sparse-bitmask", "targets": []}
@@ -188,3 +188,20 @@ def test_the_old_format_with_a_quantization_of_its_own(tmp_path):
     config = json.loads(file.read_text())
     assert is_sparse(config) and not is_sparse(dense_config(config))
     assert dense_config(config) == {k: v for k, v in config.items() if k != "quantization_config"}
+
+
+def test_what_travels_with_a_checkpoint(pruned, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(pruned(), source)
+    for name in (".hidden", "notes.txt", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    (source / ".cache").mkdir()
+    save_sparse(source, tmp_path / "sparse", progress=False)
+    unpack(tmp_path / "sparse", tmp_path / "dense", progress=False)
+    for directory in (tmp_path / "sparse", tmp_path / "dense"):
+        names = {path.name for path in directory.iterdir()}
+        assert {"notes.txt", "config.json", "tokenizer.json"} <= names
+        assert not {".hidden", ".cache", "pytorch_model.bin"} & names
+        assert (directory / "notes.txt").read_text() == "notes.txt"
+    assert not (tmp_path / "sparse" / "model.safetensors").exists()
+    assert not (tmp_path / "dense" / "sparse-model.safetensors").exists()
