@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from elsa_modifier.admm import bitscan
 from elsa_modifier.admm.bitscan import HIGHEST, fault_of, score_bits
 from elsa_modifier.admm.selection import largest_mask
 from tests.admm.test_optimizer import build, problem
@@ -50,3 +51,13 @@ def test_nothing_has_entered_before_the_first_projection():
     loss(0).backward()
     optimizer.step()
     assert 0 < float(optimizer.last_residual) <= 1 and optimizer.projection_count == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parts_cover_the_entries_once(threads, monkeypatch):
+    monkeypatch.setattr(bitscan, "_ENTRIES_PER_THREAD", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts = bitscan._on_parts(lambda part: part, torch.arange(35, dtype=torch.int32))
+    assert len(parts) == threads and [i for part in parts for i in range(part.start, part.stop)] == list(range(35))
+    # Too little for a second thread.
+    assert bitscan._on_parts(lambda part: part, torch.arange(19, dtype=torch.int32)) == [slice(0, 19)]

@@ -205,3 +205,17 @@ def test_what_travels_with_a_checkpoint(pruned, tmp_path):
         assert (directory / "notes.txt").read_text() == "notes.txt"
     assert not (tmp_path / "sparse" / "model.safetensors").exists()
     assert not (tmp_path / "dense" / "sparse-model.safetensors").exists()
+
+
+def test_no_progress_is_shown_unless_asked_for(load, sparse, tmp_path, capfd):
+    model, directory = load(), sparse()
+    capfd.readouterr()
+    for progress in (False, True):
+        for name, act in {
+            "pack": lambda out, p: save_sparse(directory, out, encoding="bitmask", progress=p),
+            "model": lambda out, p: save_sparse(model, out, progress=p),
+            "unpack": lambda out, p: unpack(directory, out, progress=p),
+        }.items():
+            act(tmp_path / f"{name}{progress}", progress)
+            shown = capfd.readouterr().err
+            assert ("tensor" in shown) is progress, name

@@ -45,3 +45,26 @@ def test_the_bar_says_what_the_history_holds(load, monkeypatch):
         assert record.seconds > seconds
         seconds = record.seconds
     assert all(record.residual is None or 0 < record.residual < 2 for record in history)
+
+
+def test_accumulated_losses_are_those_of_the_whole_batch(load):
+    whole, parts = run(load(), batch_size=4), run(load(), batch_size=1, accumulation=4)
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.loss, a.grad_norm) == (pytest.approx(b.loss, rel=1e-4), pytest.approx(b.grad_norm, rel=1e-2))
+        assert (a.tokens, a.sparsity, a.penalty, a.learning_rate) == (b.tokens, b.sparsity, b.penalty, b.learning_rate)
+
+
+def test_a_record_leaves_out_what_it_has_no_value_for():
+    fields = dict(
+        step=1,
+        loss=2.0,
+        learning_rate=1e-3,
+        penalty=0.0,
+        grad_norm=1.0,
+        tokens=10,
+        seconds=0.5,
+        sparsity=0.0,
+    )
+    assert loop.StepRecord(**fields).as_dict() == fields
+    full = fields | {"residual": 0.0, "mask_entered": 0}
+    assert loop.StepRecord(**full).as_dict() == full
