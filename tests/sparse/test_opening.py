@@ -15,6 +15,7 @@ from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.opening import dense_config, is_sparse, open_checkpoint
 from elsa_sparse.transformers_loading import load_sparse, teach_from_pretrained
 from elsa_sparse.writing import save_sparse, unpack
+from tests.sparse.test_cli import run
 from tests.sparse.test_writing import OLD_FORMAT
 
 SPARSITY = {"format": "sparse-bitmask", "targets": []}
@@ -219,3 +220,29 @@ def test_no_progress_is_shown_unless_asked_for(load, sparse, tmp_path, capfd):
             act(tmp_path / f"{name}{progress}", progress)
             shown = capfd.readouterr().err
             assert ("tensor" in shown) is progress, name
+
+
+def test_a_part_of_a_hub_s_repository(sparse, pruned, tmp_path):
+    cache, commit = tmp_path / "cache", "0" * 40
+    repository = cache / "models--someone--pruned"
+    shutil.copytree(sparse(), repository / "snapshots" / commit / "part")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model = LlamaForCausalLM.from_pretrained("someone/pruned", cache_dir=cache, local_files_only=True, subfolder="part")
+    expected = load_file(pruned() / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_shard_is_filled_to_its_last_byte(sparse, pruned, tmp_path):
+    total = sum(tensor.nbytes for tensor in load_file(pruned() / "model.safetensors").values())
+    for size, shards in ((total, 1), (total - 1, 2)):
+        unpack(sparse() if size == total else tmp_path / "sparse", tmp_path / f"{size}", max_shard_size=size)
+        assert len(list((tmp_path / f"{size}").glob("*.safetensors"))) == shards
+
+
+def test_packing_says_what_it_saved(pruned, tmp_path):
+    said = " ".join(run("pack", pruned(), tmp_path / "out").stdout.split())
+    before, after = (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (pruned(), tmp_path / "out"))
+    assert f"{after / 1e6:,.2f} MB, was {before / 1e6:,.2f} MB ({before / after:.2f}x)" in said
+    said = " ".join(run("unpack", tmp_path / "out", tmp_path / "dense").stdout.split())
+    assert f"{sum(f.stat().st_size for f in (tmp_path / 'dense').glob('*.safetensors')) / 1e6:,.2f} MB" in said
