@@ -95,6 +95,8 @@ class _Finder(cst.CSTVisitor):
             return False
         if isinstance(node, cst.Assign) and _is_declaration(node):
             return False
+        if isinstance(node, cst.Arg) and node.keyword and node.keyword.value in _UNSEEN:
+            return False
         name = _called(node)
         if name & _SAYS:
             return False

@@ -47,3 +47,13 @@ def test_groups_are_whole_again_after_a_step_that_fails(monkeypatch):
         optimizer.step_parameter(bias)
     (group,) = optimizer.base.param_groups
     assert [id(p) for p in group["params"]] == [id(weight), id(bias)]
+
+
+def test_the_base_optimizer_is_its_own_between_steps():
+    weight, bias, loss = problem()
+    base = StochasticAdam([weight, bias], lr=0.01)
+    optimizer = build(weight, base)
+    for step in range(2):
+        loss(step).backward()
+        optimizer.step()
+        assert base.before_rounding is None

@@ -246,3 +246,18 @@ def test_packing_says_what_it_saved(pruned, tmp_path):
     assert f"{after / 1e6:,.2f} MB, was {before / 1e6:,.2f} MB ({before / after:.2f}x)" in said
     said = " ".join(run("unpack", tmp_path / "out", tmp_path / "dense").stdout.split())
     assert f"{sum(f.stat().st_size for f in (tmp_path / 'dense').glob('*.safetensors')) / 1e6:,.2f} MB" in said
+
+
+def test_what_exists_is_replaced_only_when_told(pruned, sparse, load, tmp_path):
+    directory, model = sparse(), load()
+    for name, act in {
+        "model": lambda out, **options: save_sparse(model, out, progress=False, **options),
+        "unpack": lambda out, **options: unpack(directory, out, progress=False, **options),
+    }.items():
+        act(tmp_path / name)
+        with pytest.raises((ValueError, OSError), match="exists and is not empty"):
+            act(tmp_path / name)
+        act(tmp_path / name, overwrite=True)
+    run("unpack", directory, tmp_path / "unpack", "--overwrite")
+    assert "exists and is not empty" in run("unpack", directory, tmp_path / "unpack", code=1).stderr
+    assert "coded, dense" in run("inspect", directory).stdout
