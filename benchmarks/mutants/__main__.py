@@ -9,6 +9,8 @@ where it ended; results of other sources or tests are dropped. ``equivalent.yaml
 import argparse
 import json
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--only", help="only mutants whose id contains this")
     parser.add_argument("--report", action="store_true", help="write docs/results/mutants.md, run nothing")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child outlives this
     file = RESULTS / f"{arguments.name}.jsonl"
     if not arguments.report:
         mutants = sample(all_mutants(ROOT / "src"), arguments.count, arguments.seed)
@@ -67,25 +70,29 @@ def run_all(mutants: list[Mutant], file: Path, *, minutes: float, jobs: int) -> 
     preload(coverage.modules)
     until = time.monotonic() + 60 * minutes
     running: list[tuple[Run, Row]] = []
-    while running or (waiting and time.monotonic() < until):
-        if len(running) < jobs and waiting and time.monotonic() < until:
-            mutant = waiting.pop()
-            tests, left_out = _affordable(coverage, coverage.tests(mutant))
-            row = {key: getattr(mutant, key) for key in ("id", "group", "operator", "before", "after")}
-            row |= {"tree": tree, "tests": len(tests), "tests_left_out": left_out}
-            if tests:
-                running.append((Run(tests, mutant, 30 + 5 * sum(coverage.seconds[test] for test in tests)), row))
-            else:
-                _append(file, row | {"status": "uncovered", "seconds": 0.0})
-            continue
-        for run, row in list(running):
-            if (ended := run.poll()) is not None:
-                running.remove((run, row))
-                outcome, result = ended
-                row |= {"status": {"passed": "survived"}.get(outcome, outcome)}
-                row |= {"by": result["failed"][:1], "seconds": round(time.monotonic() - run.started, 1)}
-                _append(file, row | ({"output": result["output"]} if outcome == "broken" else {}))
-        time.sleep(0.05)
+    try:
+        while running or (waiting and time.monotonic() < until):
+            if len(running) < jobs and waiting and time.monotonic() < until:
+                mutant = waiting.pop()
+                tests, left_out = _affordable(coverage, coverage.tests(mutant))
+                row = {key: getattr(mutant, key) for key in ("id", "group", "operator", "before", "after")}
+                row |= {"tree": tree, "tests": len(tests), "tests_left_out": left_out}
+                if tests:
+                    running.append((Run(tests, mutant, 30 + 5 * sum(coverage.seconds[test] for test in tests)), row))
+                else:
+                    _append(file, row | {"status": "uncovered", "seconds": 0.0})
+                continue
+            for run, row in list(running):
+                if (ended := run.poll()) is not None:
+                    running.remove((run, row))
+                    outcome, result = ended
+                    row |= {"status": {"passed": "survived"}.get(outcome, outcome)}
+                    row |= {"by": result["failed"][:1], "seconds": round(time.monotonic() - run.started, 1)}
+                    _append(file, row | ({"output": result["output"]} if outcome == "broken" else {}))
+            time.sleep(0.05)
+    finally:
+        for run, _ in running:
+            run.stop()
     print(f"{len(waiting)} of {len(mutants)} mutants are left", flush=True)
 
 

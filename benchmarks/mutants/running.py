@@ -150,16 +150,20 @@ class Run:
             code = os.waitstatus_to_exitcode(status)
             outcome = {0: "passed", 5: "broken"}.get(code, "killed")
         elif time.monotonic() - self.started > self.limit:
-            os.waitpid(self._kill(), 0)
             outcome = "timeout"
         if outcome is None:
             return None
-        self._kill()
         file = self.directory / "result.json"
         result = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "failed": []}
         result["output"] = (self.directory / "output").read_text(errors="replace")[-4000:] if not file.exists() else ""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.stop()
         return outcome, result
+
+    def stop(self) -> None:
+        """End it, without a result; nothing is left of it."""
+        with suppress(ChildProcessError):
+            os.waitpid(self._kill(), 0)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _kill(self) -> int:
         with suppress(ProcessLookupError):
@@ -175,7 +179,10 @@ class Coverage:
             cache.parent.mkdir(parents=True, exist_ok=True)
             print("running the suite once, to see which test runs which line", flush=True)
             run = Run(None, None, limit=3600)
-            outcome = _wait(run.poll)
+            try:
+                outcome = _wait(run.poll)
+            finally:
+                run.stop()
             if outcome[0] != "passed":
                 raise SystemExit(f"the suite must pass before mutants mean anything; failed: {outcome[1]['failed']}")
             cache.write_text(json.dumps(outcome[1]))
