@@ -49,7 +49,8 @@ lint: setup
 	$(BIN)/mypy
 
 # Small faults put into the sources, and how many of them the tests notice; an hour, and it can be cut short and go on.
-MUTANTS := --count 300 --seed 0 --jobs 2
+# Not seed 0: tests were written against what survived of that sample.
+MUTANTS := --count 300 --seed 1 --jobs 2
 mutants: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)

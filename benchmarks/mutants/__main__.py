@@ -122,7 +122,10 @@ def write_report() -> None:
     why = {(entry["file"], entry["before"], entry["after"]): entry["why"] for entry in listed}
     lines = ["# Faults that the tests notice", "", " ".join((__doc__ or "").split("\n\n")[0].split()), ""]
     lines += [_EXPLANATION]
-    for title, name in (("Before its survivors were looked at", "mutants_before"), ("Now", "mutants")):
+    for title, name in (
+        ("Before tests were written against its survivors (seed 0)", "mutants_before"),
+        ("Now", "mutants"),
+    ):
         rows = _rows(RESULTS / f"{name}.jsonl")
         for row in rows:
             if row["status"] in ("survived", "uncovered") and (_file(row), row["before"], row["after"]) in why:
