@@ -34,8 +34,7 @@ DEFAULTS = dict(
     precision="bf16",
     weight_dtype="fp32",
     state_dtype="fp32",
-    dual_dtype=None,
-    split_dtype=None,
+    prune_unreached=False,
     gradient_release=False,
     activation_checkpointing=False,
     checkpoint="dense",
@@ -96,7 +95,7 @@ def test_the_last_values_that_are_allowed(fields):
         (dict(shared_budget=dict(floor={"a": -0.1})), "shared_budget.floor"),
         (dict(shared_budget=dict(unknown=1)), "unknown"),
         (dict(mask_structure="2:4", sparsity=0.6), "leave"),
-        (dict(split_dtype="int8"), "go together"),
+        (dict(split_dtype="int8"), "Set state_dtype instead"),
         (dict(checkpoint="zip"), "checkpoint"),
     ],
     ids=str,
@@ -111,12 +110,6 @@ def test_refinements_that_are_not_allowed(refinements):
     with pytest.raises(ValueError, match="refinements"):
         MaskedGPTQModifier(refinements=refinements)
     assert MaskedGPTQModifier(refinements=0).refinements == 0
-
-
-def test_the_state_is_stored_in_the_wider_of_two_formats():
-    assert ELSAModifier(sparsity=0.9, state_dtype="int8").stored_state_dtype == "int8"
-    named = ELSAModifier(sparsity=0.9, dual_dtype="float8_e5m2", split_dtype="bf16")
-    assert named.stored_state_dtype == "bf16"
 
 
 def test_history_holds_the_fields_and_nothing_of_the_lifecycle(load, texts, tmp_path):

@@ -18,7 +18,7 @@ __all__ = ["GROUPS", "Mutant", "all_mutants", "sample"]
 GROUPS: dict[str, tuple[str, ...]] = {
     "admm": ("elsa_modifier/admm/*.py",),
     "training": ("elsa_modifier/training/*.py",),
-    "modifier": ("elsa_modifier/modifier.py",),
+    "modifier": ("elsa_modifier/*.py",),
     "quantization": ("elsa_modifier/quantization/*.py",),
     "elsa_sparse": ("elsa_sparse/*.py",),
 }

@@ -24,7 +24,7 @@ class EncodingName(str, Enum):
 
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file, like 500MB or 2GB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the sparse checkpoint in OUT, if there is one.")]
 
 
 def pack(

@@ -1,7 +1,5 @@
 """The parts of a stored state, each against what it says of itself."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -16,16 +14,9 @@ from elsa_modifier.admm.storage import (
     chunks,
     padded,
     scale_blocks_,
-    wider_dtype,
 )
 
 CPU = torch.device("cpu")
-BY_PRECISION = ["fp32", "bf16", "int8", "float8_e4m3fn", "float8_e5m2", None]
-
-
-def test_the_wider_of_two_formats_comes_first():
-    for i, j in itertools.product(range(len(BY_PRECISION)), repeat=2):
-        assert wider_dtype(BY_PRECISION[i], BY_PRECISION[j]) == BY_PRECISION[min(i, j)]
 
 
 def test_whole_blocks():

@@ -15,7 +15,7 @@ from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.opening import dense_config, is_sparse, open_checkpoint
 from elsa_sparse.transformers_loading import load_sparse, teach_from_pretrained
 from elsa_sparse.writing import save_sparse, unpack
-from tests.sparse.test_cli import run
+from tests.cli.test_commands import run
 from tests.sparse.test_writing import OLD_FORMAT
 
 SPARSITY = {"format": "sparse-bitmask", "targets": []}
@@ -97,7 +97,7 @@ def test_the_old_format_has_up_to_16_dimensions(dimensions, tmp_path):
         with open_checkpoint(directory) as checkpoint:
             assert checkpoint.read("layer.weight").shape == torch.Size([1] * 16)
     else:
-        with pytest.raises(SparseCheckpointError, match=r"layer.shape has 17 entries"):
+        with pytest.raises(SparseCheckpointError, match=r"layer.shape is not a list of 1 to 16 dimensions"):
             open_checkpoint(directory)
 
 
@@ -240,24 +240,14 @@ def test_a_shard_is_filled_to_its_last_byte(sparse, pruned, tmp_path):
         assert len(list((tmp_path / f"{size}").glob("*.safetensors"))) == shards
 
 
-def test_packing_says_what_it_saved(pruned, tmp_path):
-    said = " ".join(run("pack", pruned(), tmp_path / "out").stdout.split())
-    before, after = (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (pruned(), tmp_path / "out"))
-    assert f"{after / 1e6:,.2f} MB, was {before / 1e6:,.2f} MB ({before / after:.2f}x)" in said
-    said = " ".join(run("unpack", tmp_path / "out", tmp_path / "dense").stdout.split())
-    assert f"{sum(f.stat().st_size for f in (tmp_path / 'dense').glob('*.safetensors')) / 1e6:,.2f} MB" in said
-
-
-def test_what_exists_is_replaced_only_when_told(pruned, sparse, load, tmp_path):
+def test_what_exists_is_replaced_only_when_told(sparse, load, tmp_path):
     directory, model = sparse(), load()
-    for name, act in {
-        "model": lambda out, **options: save_sparse(model, out, progress=False, **options),
-        "unpack": lambda out, **options: unpack(directory, out, progress=False, **options),
-    }.items():
-        act(tmp_path / name)
-        with pytest.raises((ValueError, OSError), match="exists and is not empty"):
-            act(tmp_path / name)
-        act(tmp_path / name, overwrite=True)
-    run("unpack", directory, tmp_path / "unpack", "--overwrite")
-    assert "exists and is not empty" in run("unpack", directory, tmp_path / "unpack", code=1).stderr
+    out = tmp_path / "model"
+    save_sparse(model, out, progress=False)
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        save_sparse(model, out, progress=False)
+    save_sparse(model, out, overwrite=True, progress=False)
+    unpack(directory, out, overwrite=True, progress=False)
+    assert "exists and is not empty" in run("unpack", directory, out, code=1).stderr
+    assert "was not written by elsa-modifier" in run("unpack", directory, out, "--overwrite", code=1).stderr
     assert "coded, dense" in run("inspect", directory).stdout

@@ -9,11 +9,11 @@ def _packed(*documents, **options):
     return pack_documents(Dataset.from_dict({"input_ids": [list(d) for d in documents]}), **settings)
 
 
-def test_two_tokens_are_enough_and_one_is_not():
-    ids, labels = _packed([3, 4])
-    assert ids.tolist() == labels.tolist() == [[3, 4]]
-    with pytest.raises(ValueError, match="the dataset holds 1 tokens"):
-        _packed([3])
+def test_one_sequence_is_enough_and_a_token_less_is_not():
+    ids, labels = _packed([3, 4, 5, 6])
+    assert ids.tolist() == labels.tolist() == [[3, 4, 5, 6]]
+    with pytest.raises(ValueError, match="the dataset holds 3 tokens, and a sequence takes 4"):
+        _packed([3, 4, 5])
 
 
 def test_no_more_than_one_part_of_documents_is_read_beyond_what_is_used():
