@@ -1,8 +1,8 @@
 """Perplexity of ELSA against the other ways to reach a sparsity, on one model, the same text, side by side in one run.
 
 Every method goes through ``oneshot`` and gets 65,536 tokens of the same documents: 64 steps of 2 x 512 for the methods
-that train, 128 samples of 512 for those that calibrate. Magnitude + finetuning has ELSA's learning rate and schedule,
-the published form its published ones.
+that train, 128 samples of 512 for those that calibrate. Magnitude + finetuning and gradual pruning have ELSA's learning
+rate and schedule, the published form its published ones.
 """
 
 import argparse
@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
+from benchmarks.baselines.gradual import GradualPruningModifier
 from benchmarks.measuring import BUDGET, CALIBRATION_SAMPLES, LENGTH, ROOT, Results, publish
 from elsa_modifier import ELSAModifier
+from elsa_modifier.training.learning_rate import default_learning_rate
+
+WIDTH = 576  # of SmolLM2-135M
 
 
 def _published(sparsity: float) -> dict[str, Any]:
@@ -23,11 +27,18 @@ def _published(sparsity: float) -> dict[str, Any]:
     return fields
 
 
+def _gradual(sparsity: float, *, fisher: bool) -> GradualPruningModifier:
+    lr = default_learning_rate(steps=BUDGET["steps"], width=WIDTH, sparsity=sparsity)
+    return GradualPruningModifier(sparsity=sparsity, fisher=fisher, lr=lr, **BUDGET)
+
+
 def _methods(sparsity: float) -> dict[str, Callable[[], Any]]:
     layer_wise: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"], "mask_structure": "0:0"}
     return {
         "magnitude": lambda: None,
         "magnitude + finetuning": lambda: ELSAModifier(sparsity=sparsity, finalize=0.0, **BUDGET),
+        "gradual magnitude": lambda: _gradual(sparsity, fisher=False),
+        "gradual Fisher": lambda: _gradual(sparsity, fisher=True),
         "ELSA": lambda: ELSAModifier(sparsity=sparsity, **BUDGET),
         "Wanda": lambda: WandaPruningModifier(sparsity=sparsity, **layer_wise),
         "SparseGPT": lambda: SparseGPTModifier(sparsity=sparsity, **layer_wise),

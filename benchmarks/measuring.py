@@ -10,6 +10,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.assets import evaluation_sequences, model_directory, training_texts
+from benchmarks.baselines.gradual import GradualPruningModifier
 from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
 from elsa_modifier import ELSAModifier
 from elsa_modifier.evaluation import perplexity
@@ -76,8 +77,12 @@ def _prune(modifier: Any, sparsity: float) -> PreTrainedModel:
         if sparsity > 0:
             prune_by_magnitude_(model, sparsity)
         return model
-    # ELSA packs documents itself; the layer-wise methods get the same, full windows.
-    packing = {} if isinstance(modifier, ELSAModifier) else {"max_seq_length": LENGTH, "concatenate_data": True}
+    # What trains packs documents itself; the layer-wise methods get the same, full windows.
+    packing = (
+        {}
+        if isinstance(modifier, (ELSAModifier, GradualPruningModifier))
+        else {"max_seq_length": LENGTH, "concatenate_data": True}
+    )
     return oneshot(
         model=str(model_directory()),
         dataset=training_texts(),
