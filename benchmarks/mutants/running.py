@@ -102,6 +102,8 @@ class Run:
         self.directory = Path(tempfile.mkdtemp(prefix="mutant-"))
         self.source = self.directory / "src"
         shutil.copytree(ROOT / "src", self.source, ignore=shutil.ignore_patterns("__pycache__"))
+        # Where a package in a checkout looks for them.
+        (self.directory / "recipes").symlink_to(ROOT / "recipes")
         if self.mutant:
             (self.source / self.mutant.file).write_text(self.mutant.source)
         self.pid = os.fork()
