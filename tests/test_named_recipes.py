@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_recipe_has_a_name_that_finds_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    files = {Path(elsa_modifier.recipe(name)) for name in elsa_modifier.recipes()}
-    assert files == set((ROOT / "recipes").rglob("*.yaml"))
+    files = {Path(elsa_modifier.recipe(name)).resolve() for name in elsa_modifier.recipes()}
+    assert files == {file.resolve() for file in (ROOT / "recipes").rglob("*.yaml")}
     assert {"elsa_90", "elsa_2of4", "paper/llama-2-7b/elsa_50", "paper/gemma-2-27b"} <= set(elsa_modifier.recipes())
     (modifier,) = Recipe.create_instance(elsa_modifier.recipe("elsa_90")).modifiers
     assert modifier.sparsity == 0.9

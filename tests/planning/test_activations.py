@@ -76,6 +76,19 @@ def test_a_product_and_its_backward_by_hand():
     assert tracker.peak(Phase.TOP, 100) == pytest.approx(100 * 300 * 200, rel=0.05)
 
 
+def _peak_of_a_pass(model, ids):
+    torch.manual_seed(0)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        (next_token_loss(model, {"input_ids": ids, "labels": ids}) / 96).backward()
+    model.zero_grad()
+    allocated = peak = 0
+    for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak
+
+
 @pytest.mark.parametrize("chunk", [None, 20])
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_as_much_as_real_tensors_take(name, chunk, monkeypatch):
@@ -87,13 +100,8 @@ def test_as_much_as_real_tensors_take(name, chunk, monkeypatch):
     model = AutoModelForCausalLM.from_config(CONFIGS[name], experts_implementation="eager").train()
     ids = torch.randint(2, 96, (2, 48))
     next_token_loss(model, {"input_ids": ids, "labels": ids})  # finds out whether the logits can be had in chunks
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        (next_token_loss(model, {"input_ids": ids, "labels": ids}) / 96).backward()
-    allocated = peak = 0
-    for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
+    # On a busy machine a profile may lack events; none has too many.
+    peak = max(_peak_of_a_pass(model, ids) for _ in range(3))
     assert planned == pytest.approx(peak, rel=0.01)
 
 
