@@ -38,6 +38,7 @@ class Layout:
     state: StateDtype | None
     split: torch.dtype = torch.float32
     dual: torch.dtype = torch.float32
+    has_dual: bool = True
     release: bool = False
 
 
@@ -45,6 +46,11 @@ _FP32, _BF16 = torch.float32, torch.bfloat16
 LAYOUTS = {
     "authors": Layout("two tensors, fp32 (the authors' layout)", _FP32, "adam", None),
     "published-l": Layout("two tensors, u bf16, z fp8 (ELSA-L)", _BF16, "adamfp8", None, torch.float8_e4m3fn, _BF16),
+    "default": Layout("a bit", _FP32, "adam", "fp32", has_dual=False),
+    "l-default": Layout("a bit", _BF16, "adam8bit_sr", "fp32", has_dual=False),
+    "l-default-release": Layout(
+        "a bit, gradients released", _BF16, "adam8bit_sr", "fp32", has_dual=False, release=True
+    ),
     "fp32": Layout("one tensor and a bit, fp32", _FP32, "adam", "fp32"),
     **{f"l-{name}": Layout(f"one tensor and a bit, {name}", _BF16, "adam8bit_sr", name) for name in ("bf16", "int8")},
     "l-e4m3": Layout("one tensor and a bit, float8_e4m3fn", _BF16, "adam8bit_sr", "float8_e4m3fn"),
@@ -95,7 +101,7 @@ def _train(layout: Layout) -> dict[str, float]:
         pruned = [PrunedWeight("", w, KEEP, MaskStructure()) for w in weights]
         penalty = PenaltySchedule(LAM, "constant", 1)
         optimizer = ADMMOptimizer(
-            base, pruned, penalty=penalty, interval=1, freeze_step=10**9, state_dtype=layout.state
+            base, pruned, penalty=penalty, dual=layout.has_dual, interval=1, freeze_step=10**9, state_dtype=layout.state
         )
     for _ in range(STEPS):
         if layout.release:

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
     "Llama, large vocabulary": (LLAMA, {"batch_size": 4, "sequence_length": 256}),
     "Gemma 2, deep": (
         GEMMA,
-        {"batch_size": 8, "sequence_length": 256, "penalty": {"free_support": False}},
+        {"batch_size": 8, "sequence_length": 256, "penalty": {"form": "coupled", "value": 0.1}},
     ),
     "OPT-125M": (OPTConfig(), {"batch_size": 1, "sequence_length": 512, "gradient_accumulation_steps": 2}),
     "Gemma 2, lean": (GEMMA, {"batch_size": 8, "sequence_length": 256} | LEAN),

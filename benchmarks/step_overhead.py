@@ -31,8 +31,9 @@ INTERVAL = 32
 # Tokens in each of four sequences.
 LENGTHS = (256, 1024)
 Variant = tuple[PenaltyForm, bool, StateDtype]
-FORMATS: list[Variant] = [("decoupled", True, dtype) for dtype in get_args(StateDtype)]
-FORMS: list[Variant] = [("decoupled", False, "fp32"), ("coupled", True, "fp32"), ("coupled", False, "fp32")]
+DEFAULT: Variant = ("decoupled", False, "fp32")
+FORMATS: list[Variant] = [DEFAULT, *(("decoupled", True, dtype) for dtype in get_args(StateDtype))]
+FORMS: list[Variant] = [("coupled", True, "fp32")]
 CONFIGURATIONS: list[tuple[str, torch.dtype, OptimizerName, list[Variant]]] = [
     ("fp32 weights, torch's fused Adam", torch.float32, "adam", FORMATS + FORMS),
     ("bf16 weights, adam8bit_sr (ELSA-L)", torch.bfloat16, "adam8bit_sr", FORMATS),
@@ -80,18 +81,18 @@ def measure(
         + " and ".join(f"{seconds:.2f} s (4 x {length})" for seconds, length in zip(passes, LENGTHS, strict=True))
         + ".",
         "",
-        "| form | support | state | optimizer, s | + proximal step, s | update, s | "
+        "| form | dual | state | optimizer, s | + proximal step, s | update, s | "
         + " | ".join(f"ratio, 4 x {length}" for length in LENGTHS)
         + " | bytes a weight |",
         "|---" * (7 + len(LENGTHS)) + "|",
     ]
-    for form, free, state_dtype in variants:
+    for form, dual, state_dtype in variants:
         optimizer = ADMMOptimizer(
             base,
             weights,
             penalty=PenaltySchedule(1e-3, "constant", 1),
             form=form,
-            free_support=free,
+            dual=dual,
             interval=10**9,
             freeze_step=10**9,
             state_dtype=state_dtype,
@@ -103,7 +104,14 @@ def measure(
             step.append(_timed(optimizer.step))
             update.append(_timed(optimizer.project))
         a, s, u = map(statistics.median, (alone, step, update))
-        cells = [form, "free" if free else "held", state_dtype, f"{a:.3f}", f"{s - a:.3f}", f"{u:.2f}"]
+        cells = [
+            form,
+            "yes" if dual else "no",
+            state_dtype,
+            f"{a:.3f}",
+            f"{s - a:.3f}",
+            f"{u:.2f}",
+        ]
         cells += [f"{(seconds + s + u / INTERVAL) / (seconds + a):.3f}" for seconds in passes]
         lines.append("| " + " | ".join([*cells, f"{optimizer.state_nbytes / pruned:.3f}"]) + " |")
     return lines

@@ -8,7 +8,7 @@ from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
 from elsa_modifier import ELSAModifier, MaskedGPTQModifier
-from elsa_modifier.fields import Budget, Penalty
+from elsa_modifier.fields import Budget, Penalty, Tightening, TrainingObjective
 
 DEFAULTS = dict(
     sparsity=0.9,
@@ -20,14 +20,16 @@ DEFAULTS = dict(
     batch_size=8,
     gradient_accumulation_steps=1,
     sequence_length=2048,
+    objective=dict(name="distill", weight=1.0, hidden_weight=3.0, temperature=1.0),
     lr=None,
     lr_schedule="linear",
     warmup_steps=0,
     betas=[0.9, 0.999],
     max_grad_norm=1.0,
     optimizer="adam",
+    sparsity_schedule=dict(name="cubic", end=0.6),
     interval=None,
-    penalty=dict(value=0.3, schedule="cosine", form="decoupled", free_support=True),
+    penalty=dict(value=0.3, schedule="constant", form="decoupled", dual=False),
     projection="fisher",
     finalize_at=0.8,
     seed=0,
@@ -49,6 +51,8 @@ def test_a_recipe_that_sets_only_the_sparsity():
 
 def test_fields_that_have_fields():
     assert Penalty().model_dump() == DEFAULTS["penalty"]
+    assert Tightening().model_dump() == DEFAULTS["sparsity_schedule"]
+    assert TrainingObjective().model_dump() == DEFAULTS["objective"]
     assert Budget().model_dump() == dict(floor=0.0, cap=0.99)
     assert (MaskedGPTQModifier().refinements, MaskedGPTQModifier().fit_scales) == (4, True)
 
@@ -67,6 +71,12 @@ def test_fields_that_have_fields():
         dict(finalize=1.0),
         dict(finalize_at=0.3),
         dict(penalty=dict(value=0.0)),
+        dict(objective="next_token"),
+        dict(objective=dict(weight=0.0)),
+        dict(objective=dict(name="distill_hidden", weight=0.5)),
+        dict(sparsity_schedule="linear"),
+        dict(sparsity_schedule=dict(end=1.0)),
+        dict(sparsity_schedule=dict(end=0.0)),
         dict(penalty=dict(value=1.0)),
         dict(penalty=dict(form="coupled", value=2.0)),
         dict(shared_budget=dict(floor=0.0, cap=1.0)),
@@ -91,6 +101,13 @@ def test_the_last_values_that_are_allowed(fields):
         (dict(finalize=-0.1), "finalize"),
         (dict(steps=2, warmup_steps=2), "warmup_steps"),
         (dict(penalty=dict(value=-0.1)), "penalty"),
+        (dict(penalty=dict(free_support=True)), "free_support"),
+        (dict(objective="kl"), "objective"),
+        (dict(objective=dict(weight=1.1)), "weight"),
+        (dict(objective=dict(temperature=0.0)), "temperature"),
+        (dict(objective=dict(hidden_weight=0.0)), "hidden_weight"),
+        (dict(sparsity_schedule="cosine"), "sparsity_schedule"),
+        (dict(sparsity_schedule=dict(end=1.1)), "end"),
         (dict(penalty=dict(form="coupled", value=float("inf"))), "penalty"),
         (dict(shared_budget=dict(floor={"a": -0.1})), "shared_budget.floor"),
         (dict(shared_budget=dict(unknown=1)), "unknown"),

@@ -39,8 +39,9 @@ def assert_penalty(path, recipe, *, printed, gpus, schedule):
         "value": printed / gpus,
         "schedule": schedule,
         "form": "coupled",
-        "free_support": False,
+        "dual": False,
     }
+    assert (recipe.objective.name, recipe.sparsity_schedule.name) == ("next_token", "constant")
     words = " ".join(re.findall(r"^# (.*)$", path.read_text(), flags=re.MULTILINE))
     lam, count, value, _ = re.search(
         r"Printed lam (\S+); the authors' code divides it by its GPUs, (\d+) .*?, so penalty.value is (\S+)\.( |$)",

@@ -1,16 +1,79 @@
 """Fields of ELSAModifier that have fields of their own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedModel
 
 from elsa_modifier.admm.budget import SharedBudget
+from elsa_modifier.admm.constraint import SparsityScheduleName
 from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.targets import Target, fractions_of
+from elsa_modifier.training.distillation import Distillation, copy_as_teacher
+from elsa_modifier.training.objective import Objective, next_token_loss
 
-__all__ = ["Budget", "Penalty", "refuse_two_state_dtypes"]
+__all__ = ["Budget", "ObjectiveName", "Penalty", "Tightening", "TrainingObjective", "refuse_two_state_dtypes"]
+
+ObjectiveName = Literal["next_token", "distill", "distill_hidden", "reconstruction"]
+
+
+class _Named(BaseModel):
+    """A field that may be its name alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class TrainingObjective(_Named):
+    """What is minimized: ``next_token`` alone, or with the dense model, as it was before the run, for a teacher.
+
+    :param name: ``next_token``, its cross-entropy; ``distill`` = (1 - weight) x next_token + weight x KL divergence to
+        the teacher's distribution over the whole vocabulary; ``distill_hidden`` = the same + hidden_weight x relative
+        squared error of every layer's hidden states; ``reconstruction``, that error alone
+    :param weight: of the KL divergence, 0 to 1
+    :param hidden_weight: of the hidden states' error
+    :param temperature: of both distributions
+    """
+
+    name: ObjectiveName = "distill"
+    weight: float = Field(1.0, ge=0, le=1)
+    hidden_weight: float = Field(3.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a copy of the dense model is kept for the run."""
+        return self.name != "next_token"
+
+    def of(self, model: PreTrainedModel) -> Objective:
+        """The objective for training ``model``, of which a teacher is copied now."""
+        if not self.has_teacher:
+            return next_token_loss
+        has_head = self.name != "reconstruction"
+        return Distillation(
+            copy_as_teacher(model),
+            next_token=(1 - self.weight) * has_head,
+            logits=self.weight * has_head,
+            hidden=self.hidden_weight * (self.name != "distill"),
+            temperature=self.temperature,
+        )
+
+
+class Tightening(_Named):
+    """How the constraint tightens over the run.
+
+    :param name: ``constant``, all zeros are asked for from the start; ``linear`` or ``cubic``, from none to all
+    :param end: the fraction of the steps after which all are; at the latest when the mask is fixed
+    """
+
+    name: SparsityScheduleName = "cubic"
+    end: float = Field(0.6, ge=0, le=1)
 
 
 class Penalty(BaseModel):
@@ -21,16 +84,16 @@ class Penalty(BaseModel):
     :param schedule: ``constant``, or growing to ``value`` until the mask is fixed: ``linear`` or ``cosine`` from 0,
         ``exponential`` from a thousandth of it
     :param form: ``decoupled`` takes the proximal step after the optimizer's, like decoupled weight decay;
-        ``coupled`` adds its gradient to the loss gradient, as published
-    :param free_support: let kept weights move freely, so that only pruned ones feel the penalty
+        ``coupled`` adds its gradient to the loss gradient, as published, and holds kept weights to their copy as well
+    :param dual: whether the decoupled form has one (docs/method.md says when it helps); the coupled form always has
     """
 
     model_config = ConfigDict(extra="forbid")
 
     value: float = Field(0.3, ge=0, allow_inf_nan=False)
-    schedule: ScheduleName = "cosine"
+    schedule: ScheduleName = "constant"
     form: PenaltyForm = "decoupled"
-    free_support: bool = True
+    dual: bool = False
 
     @model_validator(mode="after")
     def _fits_its_form(self) -> "Penalty":

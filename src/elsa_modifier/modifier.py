@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from elsa_modifier.admm.bitmask import unpack_bits
-from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection, PrunedWeight
+from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
-from elsa_modifier.fields import Budget, Penalty, refuse_two_state_dtypes
+from elsa_modifier.fields import Budget, Penalty, Tightening, TrainingObjective, refuse_two_state_dtypes
 from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
 from elsa_modifier.quantization.modifier import keep_zeros, release
@@ -85,6 +86,7 @@ class ELSAModifier(Modifier):
     :param batch_size: sequences in a forward pass; a DataLoader of your own brings its own
     :param gradient_accumulation_steps: forward passes in an optimizer step
     :param sequence_length: tokens in a sequence; at most what the model's positions allow
+    :param objective: see :class:`~elsa_modifier.fields.TrainingObjective`; its name will do
     :param lr: peak learning rate; None chooses one from the steps, the model's width and the sparsity
     :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
@@ -92,8 +94,9 @@ class ELSAModifier(Modifier):
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
     :param optimizer: ``adam`` or ``adamw`` (which decays weights by torch's default of 0.01); ``adam8bit_sr``, with
         moments in 8 bits, stochastically rounded; or torchao's in few bits: ``adam8bit``, ``adam4bit``, ``adamfp8``
+    :param sparsity_schedule: see :class:`~elsa_modifier.fields.Tightening`; its name will do
     :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
-        for ten updates
+        for a hundred updates
     :param penalty: see :class:`~elsa_modifier.fields.Penalty`
     :param projection: ``fisher`` keeps the weights with the largest ``F x^2``, ``magnitude`` with the largest ``|x|``
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
@@ -102,8 +105,8 @@ class ELSAModifier(Modifier):
     :param precision: of the forward and backward pass: ``bf16`` (autocast) or ``fp32``
     :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding (norms
         and biases stay fp32), which needs an ``optimizer`` with moments in few bits
-    :param state_dtype: what the ADMM state is stored in: ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or
-        ``int8``
+    :param state_dtype: what ``z`` and ``u`` are stored in, where they have to be (a dual, or the coupled form):
+        ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``
     :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
         ``max_grad_norm: null`` and no gradient accumulation
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
@@ -123,12 +126,14 @@ class ELSAModifier(Modifier):
     batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     sequence_length: int = Field(2048, ge=2)
+    objective: TrainingObjective = Field(default_factory=TrainingObjective)
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(0, ge=0)
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
     optimizer: OptimizerName = "adam"
+    sparsity_schedule: Tightening = Field(default_factory=Tightening)
     interval: int | None = Field(None, ge=1)
     penalty: Penalty = Field(default_factory=Penalty)
     projection: Projection = "fisher"
@@ -296,6 +301,7 @@ class ELSAModifier(Modifier):
                 optimizer,
                 scheduler,
                 batches,
+                objective=self.objective.of(model),
                 steps=self.steps,
                 max_grad_norm=self.max_grad_norm,
                 precision=self.precision,
@@ -359,9 +365,12 @@ class ELSAModifier(Modifier):
             weights,
             penalty=PenaltySchedule(self.penalty.value, self.penalty.schedule, freeze_step),
             form=self.penalty.form,
-            free_support=self.penalty.free_support,
-            interval=self.interval or min(32, max(1, freeze_step // 10)),
+            dual=self.penalty.dual,
+            interval=self.interval or min(32, max(1, freeze_step // 100)),
             projection=self.projection,
+            sparsity_schedule=SparsitySchedule(
+                self.sparsity_schedule.name, round(self.sparsity_schedule.end * self.steps)
+            ),
             budget=self.shared_budget.among(targets) if self.shared_budget else None,
             freeze_step=freeze_step,
             state_dtype=self.state_dtype,

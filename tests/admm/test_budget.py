@@ -133,6 +133,7 @@ def build(budget, *, keeps=(24, 16), structure=None, freeze_step=20, base=torch.
         base([first, second], lr=0.01),
         pruned,
         penalty=PenaltySchedule(0.2, "cosine", max(freeze_step, 1)),
+        dual=True,
         interval=4,
         budget=budget,
         freeze_step=freeze_step,
@@ -174,6 +175,9 @@ def test_a_projection_without_limits_is_one_sort_of_all_scores(projection):
     optimizer.zero_grad()
     # Weights that have taken different numbers of steps, so that a bias left in the Fisher would show.
     optimizer.base.state[optimizer.weights[0].weight]["step"].fill_(2000)
+    with torch.no_grad():  # so that masks change
+        for pruned in optimizer.weights:
+            pruned.weight.add_(torch.randn_like(pruned.weight))
     expected = written_out(optimizer, projection, optimizer.penalty(optimizer.step_count))
     before = optimizer.masks
     optimizer.project()

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from elsa_modifier.admm.optimizer import ADMMOptimizer, PrunedWeight
+from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure
 from elsa_modifier.training.stochastic_adam import StochasticAdam
-from tests.reference.admm import TwoTensorADMM, keep_mask
+from tests.reference.admm import TwoTensorADMM, entries_kept, keep_mask
 
 DENSE = MaskStructure()
 
@@ -40,20 +41,33 @@ def run(optimizer, loss, steps, first=0):
         optimizer.step()
 
 
-@pytest.mark.parametrize("form", ["coupled", "decoupled"])
-@pytest.mark.parametrize("free_support", [False, True])
+FORMS = [("coupled", True), ("decoupled", True), ("decoupled", False)]
+
+
+@pytest.mark.parametrize("form,dual", FORMS)
 @pytest.mark.parametrize("projection", ["fisher", "magnitude"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("tightening", ["constant", "cubic"])
+@pytest.mark.parametrize("structure,keep", [(DENSE, 24), (MaskStructure(3, 4), 24)], ids=str)
 @pytest.mark.parametrize("adam_class", [torch.optim.Adam, StochasticAdam])
-def test_agrees_with_the_algorithm_written_out(form, free_support, projection, schedule, adam_class):
-    options = dict(form=form, free_support=free_support, projection=projection, interval=4)
+def test_agrees_with_the_algorithm_written_out(
+    form, dual, projection, schedule, tightening, structure, keep, adam_class
+):
+    options = dict(form=form, dual=dual, projection=projection, interval=4, structure=structure)
     weight, bias, loss = problem()
-    optimizer = build(weight, adam_class([weight, bias], lr=0.01), schedule=schedule, **options)
+    optimizer = build(
+        weight,
+        adam_class([weight, bias], lr=0.01),
+        schedule=schedule,
+        sparsity_schedule=SparsitySchedule(tightening, 30),
+        **options,
+    )
     run(optimizer, loss, 40)
 
     x, b, loss = problem()
     adam = adam_class([x, b], lr=0.01)
-    twin = TwoTensorADMM(x.detach().clone(), 24, free_support=free_support)
+    group = None if structure is DENSE else (structure.zeroed, structure.group)
+    twin = TwoTensorADMM(x.detach().clone(), entries_kept(96, keep, 0, tightening, 30), group, form=form, dual=dual)
     penalty = PenaltySchedule(0.2, schedule, 40)
     for step in range(40):
         adam.zero_grad()
@@ -68,7 +82,10 @@ def test_agrees_with_the_algorithm_written_out(form, free_support, projection, s
             if done % 4 == 1 or done == 40:
                 moment = adam.state[x]["exp_avg_sq"]
                 fisher = moment if isinstance(moment, torch.Tensor) else moment.dequantize()
-                twin.update(x, penalty(done), fisher if projection == "fisher" else None)
+                twin.keep = entries_kept(96, keep, done, tightening, 30)
+                ascent = 1.0 if form == "coupled" else 1 - (1 - penalty(done)) ** 4
+                twin.update(x, penalty(done), fisher if projection == "fisher" else None, ascent)
+                assert int(twin.mask.sum()) == twin.keep
     torch.testing.assert_close(weight.detach(), x.detach() * twin.mask, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(bias.detach(), b.detach(), rtol=1e-4, atol=1e-6)
     assert torch.equal(optimizer.masks["weight"], twin.mask)
@@ -107,17 +124,16 @@ def test_weights_outside_the_mask_are_zero_after_every_step(base):
     assert optimizer.sparsity == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("free_support", [False, True])
-def test_both_parts_of_a_step_are_rounded_to_bf16_once(free_support):
+@pytest.mark.parametrize("dual", [False, True])
+def test_both_parts_of_a_step_are_rounded_to_bf16_once(dual):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.ones(600_001, dtype=torch.bfloat16))
     base = StochasticAdam([weight], lr=0.002)
-    optimizer = build(weight, base, keep=200_000, value=0.003, schedule="constant", free_support=free_support)
+    optimizer = build(weight, base, keep=200_000, value=0.003, schedule="constant", dual=dual)
     mask = optimizer.masks["weight"]
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    # On a held support z is 1.
-    kept, pruned = 0.998 + (0 if free_support else 0.003 * 0.002), 0.998 * 0.997
+    kept, pruned = 0.998, 0.998 * 0.997
     for entries, value, neighbours in ((mask, kept, (255 / 256, 1.0)), (~mask, pruned, (254 / 256, 255 / 256))):
         found = weight.detach()[entries].double()
         assert tuple(found.unique().tolist()) == neighbours
@@ -157,27 +173,26 @@ def with_idle(adam_class, *, gradient="none", freeze_step=8, keep=4, **options):
     return step, idle, weight, optimizer
 
 
-@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+@pytest.mark.parametrize("form,dual", FORMS)
 @pytest.mark.parametrize("projection", ["fisher", "magnitude"])
 @pytest.mark.parametrize("gradient", ["none", "zeros"])
 @pytest.mark.parametrize("freeze_step", [0, 8])
-@pytest.mark.parametrize("free_support", [False, True])
 @pytest.mark.parametrize("adam_class", ALSO_TRAINED)
-def test_a_weight_without_gradient_keeps_its_bits(adam_class, free_support, freeze_step, gradient, projection, form):
+def test_a_weight_without_gradient_keeps_its_bits(adam_class, freeze_step, gradient, projection, form, dual):
     step, idle, weight, optimizer = with_idle(
         adam_class,
         gradient=gradient,
         freeze_step=freeze_step,
         form=form,
         projection=projection,
-        free_support=free_support,
+        dual=dual,
     )
     before = idle.detach().clone()
     for number in range(12):
         step(number)
     assert torch.equal(idle, before) and optimizer.unreached == ["idle"]
     assert int((weight != 0).sum()) == 24 and optimizer.sparsity == 0.75
-    if free_support:  # all that is pruned is zero
+    if form == "decoupled":  # all that is pruned is zero
         assert float(optimizer.residual()) == 0.0
 
 
@@ -192,12 +207,12 @@ def test_asked_for_it_is_pruned_by_magnitude(adam_class, freeze_step, gradient):
     assert torch.equal(idle, before * keep_mask(before.abs(), 4)) and optimizer.unreached == ["idle"]
 
 
-@pytest.mark.parametrize("form", ["coupled", "decoupled"])
+@pytest.mark.parametrize("form,dual", FORMS)
 @pytest.mark.parametrize("first", [2, 10])
 @pytest.mark.parametrize("adam_class", ALSO_TRAINED)
-def test_a_weight_takes_part_from_its_first_gradient_on(adam_class, first, form):
+def test_a_weight_takes_part_from_its_first_gradient_on(adam_class, first, form, dual):
     """Also when the mask is fixed by then."""
-    step, idle, _, optimizer = with_idle(adam_class, gradient=first, form=form)
+    step, idle, _, optimizer = with_idle(adam_class, gradient=first, form=form, dual=dual)
     before = idle.detach().clone()
     for number in range(first):
         step(number)
@@ -242,10 +257,35 @@ def test_state_is_gone_with_the_optimizer(adam_class):
         gc.enable()
 
 
-def test_state_is_one_tensor_and_one_bit():
+@pytest.mark.parametrize("form,dual", FORMS)
+def test_state_is_at_most_one_tensor_and_one_bit(form, dual):
     weight = nn.Parameter(torch.randn(64, 64))
-    optimizer = build(weight, torch.optim.Adam([weight], lr=0.01), keep=400)
-    assert optimizer.state_nbytes == 64 * 64 * 4 + 64 * 64 // 8
+    optimizer = build(weight, torch.optim.Adam([weight], lr=0.01), keep=400, form=form, dual=dual)
+    assert optimizer.state_nbytes == 64 * 64 * 4 * dual + 64 * 64 // 8
+
+
+@pytest.mark.parametrize("name", ["linear", "cubic"])
+def test_the_constraint_tightens_until_it_is_whole_and_masks_follow(name):
+    weight, bias, loss = problem()
+    base = torch.optim.Adam([weight, bias], lr=0.01)
+    optimizer = build(weight, base, interval=1, sparsity_schedule=SparsitySchedule(name, 30))
+    assert int(optimizer.masks["weight"].sum()) == 96
+    before, grown = optimizer.masks["weight"], 0
+    for step in range(40):
+        run(optimizer, loss, 1, step)
+        mask = optimizer.masks["weight"]
+        assert int(mask.sum()) == entries_kept(96, 24, step + 1, name, 30)
+        assert int(optimizer.last_entered) == int((mask & ~before).sum())
+        before, grown = mask, grown + int((mask & ~before).sum())
+    assert grown > 0
+
+
+def test_a_constraint_is_whole_when_the_mask_is_fixed():
+    weight, bias, loss = problem()
+    base = torch.optim.Adam([weight, bias], lr=0.01)
+    optimizer = build(weight, base, freeze_step=10, sparsity_schedule=SparsitySchedule("cubic", 30))
+    run(optimizer, loss, 10)
+    assert int((weight != 0).sum()) == 24
 
 
 @pytest.mark.parametrize(
@@ -262,3 +302,26 @@ def test_nothing_to_prune_is_refused():
     weight = nn.Parameter(torch.randn(8, 12))
     with pytest.raises(ValueError, match="no weight to prune"):
         ADMMOptimizer(torch.optim.Adam([weight]), [], penalty=PenaltySchedule(0.1, "constant", 1), freeze_step=1)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_bf16_weights_are_pulled_as_fp32_ones_are_on_average(dual):
+    """By a base optimizer that rounds on its own, so that the pull is rounded again."""
+    torch.manual_seed(0)
+    exact = torch.randn(64, 64).bfloat16()
+    moved = []
+    for dtype, runs in ((torch.float32, 1), (torch.bfloat16, 200)):
+        mean = torch.zeros(64, 64)
+        for _ in range(runs):
+            weight = nn.Parameter(exact.to(dtype, copy=True))
+            base = torch.optim.SGD([weight], lr=0.0)
+            optimizer = build(
+                weight, base, keep=1000, value=0.01, schedule="constant", projection="magnitude", dual=dual
+            )
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            mean += weight.detach().float() / runs
+        moved.append(mean - exact.float())
+    fp32, bf16 = moved
+    assert float((bf16 - fp32).abs().max()) < 0.003
+    assert float((bf16 * fp32).sum() / fp32.square().sum()) == pytest.approx(1, abs=0.02)

@@ -17,29 +17,32 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", get_args(StateDtype))
-@pytest.mark.parametrize("free_support", [False, True])
+@pytest.mark.parametrize(
+    "form,dual,ascent", [("coupled", True, 1.0), ("decoupled", True, 0.5), ("decoupled", False, 1.0)]
+)
 @pytest.mark.parametrize("structure", [MaskStructure(), MaskStructure(2, 4)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("with_scratch", [False, True])
-def test_one_tensor_agrees_with_two(dtype, free_support, structure, schedule, with_scratch):
+def test_one_tensor_agrees_with_two(dtype, form, dual, ascent, structure, schedule, with_scratch):
     torch.manual_seed(0)
     x = torch.randn(30, 20)  # two blocks and a part
     keep = 300 if structure.sparsity else 125
     scratch = Scratch(x.numel(), x.device) if with_scratch else None
-    state = ADMMState(x, keep, structure, free_support=free_support, dtype=dtype)
+    state = ADMMState(x, keep, structure, form=form, dual=dual, dtype=dtype)
     group = None if structure.is_unstructured else (structure.zeroed, structure.group)
-    twin = TwoTensorADMM(x.clone(), keep, group, free_support=free_support, dtype=dtype)
+    twin = TwoTensorADMM(x.clone(), keep, group, form=form, dual=dual, dtype=dtype)
     penalty = PenaltySchedule(0.3, schedule, 40)
     for step in range(60):
         lam = penalty(step)
         x += 0.1 * torch.randn_like(x)
         grad = torch.randn_like(x)
-        if lam > 0:
+        if lam > 0 and form == "coupled":
             expected_grad = grad + twin.proximal_gradient(x, lam)
             state.add_proximal_gradient_(grad, x, lam, scratch)
             close(grad, expected_grad)
+        if lam > 0 and form == "decoupled":
             expected_x = twin.pull(x, lam)
-            state.pull_(x, lam, scratch)
+            state.pull_(0, x.numel(), x.view(-1), lam, scratch or Scratch(x.numel(), x.device))
             close(x, expected_x)
         if step % 7 == 0:
             twin.follow(x)
@@ -47,10 +50,10 @@ def test_one_tensor_agrees_with_two(dtype, free_support, structure, schedule, wi
             close(state.residual_sums(x, scratch), torch.stack([gap, x.square().sum()]))
             fisher = torch.rand_like(x)
             before = twin.mask
-            twin.update(x, lam, fisher)
-            assert int(state.update(x, lam, fisher, scratch)) == int((twin.mask & ~before).sum())
+            twin.update(x, lam, fisher, ascent)
+            assert int(state.update(x, lam, fisher, scratch, ascent=ascent)) == int((twin.mask & ~before).sum())
             assert torch.equal(state.mask, twin.mask)
-            if not free_support:
+            if form == "coupled":
                 close(state.split(x), twin.z)
             close(state.dual(lam), twin.u)
 
@@ -58,7 +61,7 @@ def test_one_tensor_agrees_with_two(dtype, free_support, structure, schedule, wi
 def test_supports_are_disjoint_and_add_up():
     torch.manual_seed(1)
     x = torch.randn(8, 8)
-    state = ADMMState(x, 16, MaskStructure())
+    state = ADMMState(x, 16, MaskStructure(), form="coupled")
     state.update(x, 0.1)
     u = state.dual(0.1)
     x = torch.randn(8, 8)
@@ -87,7 +90,7 @@ def test_no_dual_builds_up_without_a_penalty():
 @pytest.mark.parametrize("shape", [(64, 64), (100, 33)])
 def test_memory_is_one_tensor_and_one_bit(shape):
     x = torch.randn(shape)
-    state = ADMMState(x, 5, MaskStructure(), free_support=True)
+    state = ADMMState(x, 5, MaskStructure())
     state.update(x, 0.1)
     assert state.nbytes == 4 * x.numel() + -(-x.numel() // 8)
     assert state.nbytes / x.numel() <= 4.13
@@ -95,7 +98,7 @@ def test_memory_is_one_tensor_and_one_bit(shape):
 
 def test_state_starts_at_the_magnitude_projection_without_dual():
     x = torch.tensor([[3.0, -1.0, 0.5, -2.0]])
-    state = ADMMState(x, 2, MaskStructure())
+    state = ADMMState(x, 2, MaskStructure(), form="coupled")
     assert state.split(x).tolist() == [[3.0, 0.0, 0.0, -2.0]]
     assert not state.dual(1.0).any()
 
@@ -104,7 +107,7 @@ def test_mask_zeroes_what_is_outside():
     x = torch.randn(5, 5)
     state = ADMMState(x, 3, MaskStructure())
     kept = x[state.mask].clone()
-    state.apply_mask_(x)
+    state.mask_(0, 25, x.view(-1), Scratch(25, x.device))
     assert int((x != 0).sum()) == 3
     assert torch.equal(x[state.mask], kept)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
+from elsa_modifier.fields import TrainingObjective
 from elsa_modifier.planning.activations import (
     MicroBatchPeak,
     _period,
@@ -20,7 +21,6 @@ from elsa_modifier.planning.activations import (
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.planning.tracing import LiveStorage, Phase
 from elsa_modifier.training import objective
-from elsa_modifier.training.objective import next_token_loss
 from tests.conftest import CONFIGS
 
 SETTINGS = RunSettings(
@@ -32,7 +32,9 @@ SETTINGS = RunSettings(
     weight_dtype="fp32",
     state_dtype="fp32",
     optimizer="adam",
-    free_support=True,
+    form="decoupled",
+    dual=False,
+    objective=TrainingObjective(name="next_token"),
     gradient_release=False,
     activation_checkpointing=False,
 )
@@ -76,10 +78,10 @@ def test_a_product_and_its_backward_by_hand():
     assert tracker.peak(Phase.TOP, 100) == pytest.approx(100 * 300 * 200, rel=0.05)
 
 
-def _peak_of_a_pass(model, ids):
+def _peak_of_a_pass(model, loss_of, ids):
     torch.manual_seed(0)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        (next_token_loss(model, {"input_ids": ids, "labels": ids}) / 96).backward()
+        (loss_of(model, {"input_ids": ids, "labels": ids}) / 96).backward()
     model.zero_grad()
     allocated = peak = 0
     for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -91,18 +93,22 @@ def _peak_of_a_pass(model, ids):
 
 @pytest.mark.parametrize("chunk", [None, 20])
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
-def test_as_much_as_real_tensors_take(name, chunk, monkeypatch):
+@pytest.mark.parametrize("minimized", ["next_token", "distill", "distill_hidden"])
+def test_as_much_as_real_tensors_take(name, minimized, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(objective, "CHUNK_BYTES", chunk * 4 * 96)
-    settings = dataclasses.replace(SETTINGS, precision="fp32")
+    minimized = TrainingObjective(name=minimized)
+    settings = dataclasses.replace(SETTINGS, precision="fp32", objective=minimized)
     planned = trace_micro_batch(CONFIGS[name], settings, torch.float32).bytes(4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], experts_implementation="eager").train()
     ids = torch.randint(2, 96, (2, 48))
-    next_token_loss(model, {"input_ids": ids, "labels": ids})  # finds out whether the logits can be had in chunks
+    loss_of = minimized.of(model)
+    loss_of(model, {"input_ids": ids, "labels": ids})  # finds out whether the logits can be had in chunks
     # On a busy machine a profile may lack events; none has too many.
-    peak = max(_peak_of_a_pass(model, ids) for _ in range(3))
-    assert planned == pytest.approx(peak, rel=0.01)
+    peak = max(_peak_of_a_pass(model, loss_of, ids) for _ in range(3))
+    # What runs without gradients beside a teacher's casts is freed sooner than traced.
+    assert planned == pytest.approx(peak, rel=0.05 if minimized.has_teacher else 0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,19 @@ from torch import Tensor
 
 
 def keep_mask(scores: Tensor, keep: int, group: tuple[int, int] | None = None) -> Tensor:
-    """Kept entries by Python's own stable sort: largest first, ties to the lower index. ``group`` is (zeroed, size)."""
+    """Kept entries by Python's own stable sort: largest first, ties to the lower index. ``group`` is (zeroed, size).
+
+    Where more are to be kept than the groups leave, the largest of the others join them.
+    """
     if group is not None:
         zeroed, size = group
         rows = [keep_mask(part, size - zeroed) for part in scores.reshape(-1, size)]
-        return torch.stack(rows).reshape(scores.shape) if rows else torch.zeros(scores.shape, dtype=torch.bool)
+        mask = torch.stack(rows).reshape(scores.shape) if rows else torch.zeros(scores.shape, dtype=torch.bool)
+        others = (~mask).flatten().nonzero().squeeze(1).tolist()
+        others.sort(key=lambda i: -scores.flatten()[i].item())
+        joining = others[: max(0, keep - int(mask.sum()))]
+        mask.view(-1)[joining] = True
+        return mask
     values = scores.flatten().tolist()
     order = sorted(range(len(values)), key=lambda i: -values[i])
     mask = torch.zeros(len(values), dtype=torch.bool)
@@ -44,6 +52,14 @@ def stored(values: Tensor, dtype: str, block: int = 256) -> Tensor:
     return torch.cat(result).view_as(values) if result else values
 
 
+def entries_kept(size: int, keep: int, step: int, schedule: str, steps: int) -> int:
+    """Sparsity schedules, each written out: how many of ``size`` entries stay, of which ``keep`` do in the end."""
+    if step >= steps:
+        return keep
+    part = {"constant": 1.0, "linear": step / steps, "cubic": 1 - ((steps - step) / steps) ** 3}[schedule]
+    return size - round(part * (size - keep))
+
+
 def penalty_at(step: int, value: float, schedule: str, steps: int) -> float:
     """Penalty schedules, each written out."""
     if step >= steps:
@@ -65,10 +81,12 @@ class TwoTensorADMM:
         keep: int,
         group: tuple[int, int] | None = None,
         *,
-        free_support: bool = False,
+        form: str,
+        dual: bool = True,
         dtype: str = "fp32",
     ) -> None:
-        self.keep, self.group, self.free_support, self.dtype = keep, group, free_support, dtype
+        self.keep, self.group, self.dtype = keep, group, dtype
+        self.free_support, self.dual = form == "decoupled", dual or form == "coupled"
         self.mask = keep_mask(x.abs(), keep, group)
         self.z = stored(x * self.mask, dtype)
         self.u = torch.zeros_like(x)
@@ -96,10 +114,11 @@ class TwoTensorADMM:
     def proximal_gradient(self, x: Tensor, penalty: float) -> Tensor:
         return penalty * self.gap(x, penalty)
 
-    def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None) -> None:
+    def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, ascent: float = 1.0) -> None:
         self.set_penalty(penalty)
         v = x + self.u
         scores = v.abs() if fisher is None else fisher_scores(v, fisher)
         self.mask = keep_mask(scores, self.keep, self.group)
         self.z = stored(v * self.mask, self.dtype)
-        self.u = stored(penalty * v * ~self.mask, self.dtype) / penalty if penalty > 0 else torch.zeros_like(v)
+        u = (v - (1 - ascent) * x) * ~self.mask
+        self.u = stored(penalty * u, self.dtype) / penalty if penalty > 0 and self.dual else torch.zeros_like(u)

@@ -1,7 +1,8 @@
 """The method: ADMM on a sparsity constraint. Pure torch; knows nothing of language models or llm-compressor."""
 
 from elsa_modifier.admm.budget import SharedBudget
-from elsa_modifier.admm.optimizer import ADMMOptimizer, PrunedWeight
+from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure, parse_mask_structure, sparse_mask
 from elsa_modifier.admm.state import ADMMState
@@ -13,6 +14,7 @@ __all__ = [
     "PenaltySchedule",
     "PrunedWeight",
     "SharedBudget",
+    "SparsitySchedule",
     "parse_mask_structure",
     "sparse_mask",
 ]

@@ -34,9 +34,10 @@ class SharedBudget:
                 if not 0 <= fraction <= 1:
                     raise ValueError(f"the budget's {name} is {fraction}; allowed is 0 to 1, a fraction of zeros")
 
-    def limits(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    def limits(self, sizes: Sequence[int], tightness: float = 1.0) -> tuple[list[int], list[int]]:
         """The fewest and the most entries that weights of these sizes keep.
 
+        :param tightness: which part of the zeros is asked for already; the floor rises with it
         :raises ValueError: for a floor above its cap, or another number of fractions than of weights
         """
         floors, caps = self._for_each("floor", self.floor, len(sizes)), self._for_each("cap", self.cap, len(sizes))
@@ -46,7 +47,7 @@ class SharedBudget:
                     f"the budget's floor is {floor}; allowed is 0 to its cap, {cap}: lower it, or raise cap"
                 )
         smallest = [size - round(cap * size) for size, cap in zip(sizes, caps, strict=True)]
-        largest = [size - round(floor * size) for size, floor in zip(sizes, floors, strict=True)]
+        largest = [size - round(tightness * floor * size) for size, floor in zip(sizes, floors, strict=True)]
         return smallest, largest
 
     @staticmethod

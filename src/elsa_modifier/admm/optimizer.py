@@ -1,21 +1,21 @@
-"""ADMM around any torch optimizer: the proximal step on every step, the z- and u-updates on some, then a fixed mask."""
+"""ADMM around any torch optimizer: an x-update in every step, z- and u-updates in some, then a fixed mask."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_modifier.admm.budget import SharedBudget, shared_keeps
+from elsa_modifier.admm.budget import SharedBudget
+from elsa_modifier.admm.constraint import Constraint, PrunedWeight, SparsitySchedule
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
-from elsa_modifier.admm.projection import MaskStructure, projection_scores
+from elsa_modifier.admm.rounding import round_stochastically_
 from elsa_modifier.admm.state import ADMMState
-from elsa_modifier.admm.storage import Scratch, StateDtype
+from elsa_modifier.admm.storage import Scratch, StateDtype, chunks
 
-__all__ = ["ADMMOptimizer", "Projection", "PrunedWeight", "RoundsOnce"]
+__all__ = ["ADMMOptimizer", "Projection", "RoundsOnce"]
 
 Projection = Literal["fisher", "magnitude"]
 
@@ -32,32 +32,21 @@ class RoundsOnce(Protocol):
     before_rounding: Callable[[Tensor, int, int, Tensor], None] | None
 
 
-@dataclass(frozen=True)
-class PrunedWeight:
-    """One weight to prune.
-
-    :param name: what errors and reports call it
-    :param weight: contiguous fp32 or bf16 parameter, also among the base optimizer's parameters
-    :param keep: how many entries stay; with a shared budget, what the weight brings into it
-    :param structure: the zero pattern, which must leave ``keep`` entries
-    """
-
-    name: str
-    weight: nn.Parameter
-    keep: int
-    structure: MaskStructure
-
-
 class ADMMOptimizer:
     """Prune while training: ``min f(x)`` subject to ``x`` sparse, by ADMM (arXiv 2510.01650, algorithm 1).
 
-    Call :meth:`step` where the base optimizer's would be called, after clipping. Step ``t`` (from 0) does
+    Call :meth:`step` where the base optimizer's would be called, after clipping. Each step is an x-update, one step of
+    the base optimizer on ``f(x) + penalty/2 ||x - z + u||^2``. After the first one, and then after every ``interval``,
+    the z- and the u-update follow: ``z <- Proj(x + u)``, ``u <- u + x - z``. At ``freeze_step`` comes a last
+    projection. From then on the mask is fixed, the penalty gone, and every weight outside the mask is exactly zero
+    after each step.
 
-    1. coupled form: adds ``lam (x - z + u)`` to the gradients; then the base optimizer's step; decoupled form: then
-       ``x <- x - rho (x - z + u)``;
-    2. the z- and u-updates, after the first step and then every ``interval`` steps;
-    3. at ``freeze_step`` a last projection. From then on the mask is fixed, the penalty gone, and every weight outside
-       the mask is exactly zero after each step.
+    In the *coupled* form, the published one, the base optimizer sees the gradient of both terms. In the *decoupled*
+    form it steps on ``f`` alone, and then pruned weights lose the fraction ``rho`` of what they are: ``x <- x - rho (x
+    - z + u)``, with ``z = x`` on the support. Without a dual, and with a set that tightens, that is gradual pruning for
+    ``rho = 1``, and projected gradient descent once the set no longer changes. For a smaller ``rho`` a pruned weight
+    settles where the optimizer's step and the pull are equal, which is at 0 as the learning rate goes there: the dual
+    that other penalty methods need for that is not missed (docs/method.md).
 
     A weight that has had no gradient, or none but zeros, is as it was: no step, no pull, no mask. Its mask goes by its
     magnitudes, and is applied in the step of its first gradient if it is fixed by then. ``unreached`` names the weights
@@ -70,18 +59,19 @@ class ADMMOptimizer:
 
     :param base: optimizer on ``f``; a Fisher projection needs one that keeps ``exp_avg_sq`` (the Adam family)
     :param weights: the weights to prune
-    :param penalty: schedule of ``lam`` or ``rho``
-    :param form: where the proximal step is taken, see above
-    :param free_support: see :class:`~elsa_modifier.admm.state.ADMMState`
+    :param penalty: schedule of ``lam`` (coupled) or ``rho`` (decoupled)
+    :param form: see above
+    :param dual: in the decoupled form, whether there is one. Its ascent is scaled by how far the pull of the steps
+        between two updates takes the x-update, ``1 - (1 - rho)^interval``. The coupled form has a dual always
     :param interval: optimizer steps between z- and u-updates
     :param projection: ``fisher`` weighs entries by the base optimizer's second moment, ``magnitude`` does not
-    :param budget: None keeps ``keep`` entries of each weight. Otherwise all of them together keep as many, and each
-        projection decides anew by one threshold how many stay in which weight, between the budget's floor and cap. As
-        scores of different weights are compared then, the second moments are corrected for their bias, and a weight
-        that has none yet takes no part, with the entries it brings. The first masks go by magnitude
+    :param sparsity_schedule: how the constraint tightens; all of it holds at ``freeze_step`` at the latest
+    :param budget: see :class:`~elsa_modifier.admm.constraint.Constraint`. As scores of different weights are compared
+        then, the second moments are corrected for their bias, and a weight that has none yet takes no part, with the
+        entries it brings. The first masks go by magnitude
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
     :param prune_unreached: when the mask is fixed, apply it also to weights without a gradient
-    :param state_dtype: what the ADMM state is stored in
+    :param state_dtype: what ``z`` and ``u`` are stored in
     :raises ValueError: for an empty list, an interval below 1, a decoupled penalty outside [0, 1], or a budget that
         is to be shared with an N:M structure or cannot be met within its floor and cap
     """
@@ -93,9 +83,10 @@ class ADMMOptimizer:
         *,
         penalty: PenaltySchedule,
         form: PenaltyForm = "decoupled",
-        free_support: bool = True,
+        dual: bool = False,
         interval: int = 32,
         projection: Projection = "fisher",
+        sparsity_schedule: SparsitySchedule | None = None,
         budget: SharedBudget | None = None,
         freeze_step: int,
         state_dtype: StateDtype = "fp32",
@@ -113,25 +104,22 @@ class ADMMOptimizer:
         self.form = form
         self.interval = interval
         self.projection = projection
-        self.budget = budget
+        schedule = sparsity_schedule or SparsitySchedule()
+        # A mask that is fixed has all the zeros.
+        schedule = SparsitySchedule(schedule.name, min(schedule.steps, freeze_step))
+        self.constraint = Constraint(self.weights, schedule, budget)
         self.freeze_step = freeze_step
         self.prune_unreached = prune_unreached
         self.step_count = 0
         self.frozen = False
         self.projection_count = 0
         self.last_residual = self.last_entered = torch.zeros(())
-        keeps = [w.keep for w in self.weights] if budget is None else self._keeps_by_magnitude(budget)
         self._scratch = Scratch(max(w.weight.numel() for w in self.weights), self.weights[0].weight.device)
         self.states = [
             ADMMState(
-                w.weight.detach(),
-                keep,
-                w.structure,
-                free_support=free_support,
-                dtype=state_dtype,
-                scratch=self._scratch,
+                w.weight.detach(), keep, w.structure, form=form, dual=dual, dtype=state_dtype, scratch=self._scratch
             )
-            for w, keep in zip(self.weights, keeps, strict=True)
+            for w, keep in zip(self.weights, self.constraint.by_magnitude(), strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._reached: set[int] = set()
@@ -143,44 +131,26 @@ class ADMMOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One optimizer step and what ADMM adds to it.
+        """One x-update, and the z- and u-updates if it is time.
 
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
-        self._note_gradients([pruned.weight for pruned in self.weights])
-        for pruned, state in self._pairs():
-            self._before_base_step(pruned.weight, state)
-        self._base_step()
-        for pruned, state in self._pairs():
-            self._after_base_step(pruned.weight, state)
+        self._update_x([pruned.weight for pruned in self.weights], self._base_step)
         self.end_step()
 
     @torch.no_grad()
     def step_parameter(self, parameter: nn.Parameter) -> None:
-        """The part of :meth:`step` that belongs to one of the base optimizer's parameters, which has its gradient.
+        """The part of the x-update that belongs to one of the base optimizer's parameters, which has its gradient.
 
         With gradient release each parameter takes its step as soon as its gradient is there; :meth:`end_step` follows
         when all have.
         """
-        state = self._state_of.get(id(parameter))
-        if state is not None:
-            self._note_gradients([parameter])
-            self._before_base_step(parameter, state)
-        if not self._group_of:
-            self._group_of = {id(p): group for group in self.base.param_groups for p in group["params"]}
-        group = self._group_of[id(parameter)]
-        all_groups, all_parameters = self.base.param_groups, group["params"]
-        self.base.param_groups, group["params"] = [group], [parameter]
-        try:
-            self._base_step()
-        finally:
-            self.base.param_groups, group["params"] = all_groups, all_parameters
-        if state is not None:
-            self._after_base_step(parameter, state)
+        of_parameter = [parameter] if id(parameter) in self._state_of else []
+        self._update_x(of_parameter, lambda: self._base_step_of(parameter))
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Count the step, and project or fix the mask if it is time; :meth:`step` does this itself."""
+        """Count the step, and update z and u or fix the mask if it is time; :meth:`step` does this itself."""
         self.step_count += 1
         self._group_of.clear()
         if self.frozen:
@@ -191,6 +161,85 @@ class ADMMOptimizer:
         elif self.step_count % self.interval == 1 % self.interval:
             self.project()
 
+    def _update_x(self, weights: Sequence[nn.Parameter], base_step: Callable[[], None]) -> None:
+        """One step on ``f(x) + penalty/2 ||x - z + u||^2``; once the mask is fixed, on ``f`` inside it."""
+        self._note_gradients(weights)
+        reached = [w for w in weights if self._is_reached(w)]
+        penalty = self.penalty(self.step_count)
+        if self.form == "coupled" and not self.frozen and penalty > 0:
+            for weight in reached:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                self._state_of[id(weight)].add_proximal_gradient_(weight.grad, weight, penalty, self._scratch)
+        base_step()
+        for weight in reached:
+            if self._rounds_once is None or weight.grad is None:  # otherwise it has been done in the base step
+                self._constrain(weight)
+
+    def _constrain(self, weight: Tensor) -> None:
+        """What the x-update adds to the base optimizer's step: the decoupled pull, or the fixed mask."""
+        for start, end in chunks(weight.numel(), weight.device):
+            entries = weight.detach().view(-1)[start:end]
+            if self.frozen or entries.dtype == torch.float32:
+                self._constrain_entries(weight, start, end, entries)
+            elif self.form == "decoupled":
+                values = self._scratch.weight[: end - start].copy_(entries)
+                self._constrain_entries(weight, start, end, values)
+                round_stochastically_(entries, values)
+
+    def _constrain_entries(self, parameter: Tensor, start: int, end: int, values: Tensor) -> None:
+        state = self._state_of.get(id(parameter))
+        if state is None:
+            return
+        if self.frozen:
+            state.mask_(start, end, values, self._scratch)
+        elif self.form == "decoupled" and (penalty := self.penalty(self.step_count)) > 0:
+            state.pull_(start, end, values, penalty, self._scratch)
+
+    def project(self) -> None:
+        """The z- and u-updates of all weights; :meth:`step` calls this when it is time."""
+        # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
+        penalty = self.penalty(self.step_count)
+        ascent = 1.0 if self.form == "coupled" else 1.0 - (1.0 - penalty) ** self.interval
+        residual = self.residual()
+        self._tighten(penalty)
+        entered = []
+        for pruned, state in self._pairs():
+            # Without a gradient there is no pull, and so no dual.
+            own_penalty = penalty if self._is_reached(pruned.weight) else 0.0
+            fisher = self._fisher(pruned)
+            try:
+                entered.append(state.update(pruned.weight, own_penalty, fisher, self._scratch, ascent=ascent))
+            except ValueError as error:
+                raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
+        self.projection_count += 1
+        self.last_residual, self.last_entered = residual, torch.stack(entered).sum()
+
+    def _tighten(self, penalty: float) -> None:
+        """Decide how many entries of each weight the projection at this penalty keeps."""
+        corrections = self._bias_corrections() if self.constraint.budget else []
+
+        def scores(number: int) -> Tensor:
+            # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
+            pruned = self.weights[number]
+            found = self.states[number].scores(pruned.weight, penalty, self._fisher(pruned), self._scratch)
+            return found if corrections[number] == 1.0 else found.mul_(corrections[number])
+
+        sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
+        try:
+            keeps = self.constraint.at(self.step_count, scores, sharing)
+        except ValueError as error:
+            raise ValueError(f"sharing the budget at step {self.step_count}: {error}") from error
+        for state, keep in zip(self.states, keeps, strict=True):
+            state.keep = keep
+
+    def _freeze(self) -> None:
+        self.frozen = True
+        with torch.no_grad():
+            for pruned, state in self._pairs():
+                if self.prune_unreached or self._is_reached(pruned.weight):
+                    self._apply_mask_(pruned.weight, state)
+
     @torch.no_grad()
     def mask_gradient_(self, parameter: nn.Parameter) -> None:
         """Once the mask is fixed, zero the gradient outside it, in place: it can move nothing.
@@ -199,7 +248,11 @@ class ADMMOptimizer:
         """
         state = self._state_of.get(id(parameter))
         if self.frozen and state is not None and parameter.grad is not None:
-            state.apply_mask_(parameter.grad, self._scratch)
+            self._apply_mask_(parameter.grad, state)
+
+    def _apply_mask_(self, tensor: Tensor, state: ADMMState) -> None:
+        for start, end in chunks(tensor.numel(), tensor.device):
+            state.mask_(start, end, tensor.detach().view(-1)[start:end], self._scratch)
 
     def _note_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Find first gradients, and drop zeros before them, of which base optimizers would make steps and moments."""
@@ -216,14 +269,6 @@ class ADMMOptimizer:
     def _is_reached(self, weight: Tensor) -> bool:
         return id(weight) in self._reached
 
-    def _before_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
-        if not self._is_reached(weight):
-            return
-        if self.form == "coupled" and not self.frozen and self.penalty(self.step_count) > 0:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            state.add_proximal_gradient_(weight.grad, weight, self.penalty(self.step_count), self._scratch)
-
     def _base_step(self) -> None:
         if self._rounds_once is None:
             self.base.step()
@@ -235,29 +280,16 @@ class ADMMOptimizer:
         finally:
             self._rounds_once.before_rounding = None
 
-    def _after_base_step(self, weight: nn.Parameter, state: ADMMState) -> None:
-        if self._rounds_once is not None and weight.grad is not None:
-            return  # has been done in the base step
-        if not self._is_reached(weight):
-            return
-        if self.frozen:
-            state.apply_mask_(weight, self._scratch)
-        elif (penalty := self._pull_penalty()) > 0:
-            state.pull_(weight, penalty, self._scratch)
-
-    def _constrain_entries(self, parameter: Tensor, start: int, end: int, values: Tensor) -> None:
-        """What :meth:`_after_base_step` does, on one chunk of any of the base optimizer's parameters."""
-        state = self._state_of.get(id(parameter))
-        if state is None:
-            return
-        if self.frozen:
-            state.mask_entries_(start, end, values, self._scratch)
-        elif (penalty := self._pull_penalty()) > 0:
-            state.pull_entries_(start, end, values, penalty, self._scratch)
-
-    def _pull_penalty(self) -> float:
-        """Of the decoupled proximal step; 0 in the coupled form, which takes none."""
-        return self.penalty(self.step_count) if self.form == "decoupled" else 0.0
+    def _base_step_of(self, parameter: nn.Parameter) -> None:
+        if not self._group_of:
+            self._group_of = {id(p): group for group in self.base.param_groups for p in group["params"]}
+        group = self._group_of[id(parameter)]
+        all_groups, all_parameters = self.base.param_groups, group["params"]
+        self.base.param_groups, group["params"] = [group], [parameter]
+        try:
+            self._base_step()
+        finally:
+            self.base.param_groups, group["params"] = all_groups, all_parameters
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""
@@ -292,67 +324,8 @@ class ADMMOptimizer:
                 sums += state.residual_sums(pruned.weight.detach(), self._scratch)
         return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
-    def project(self) -> None:
-        """The z- and u-updates of all weights; :meth:`step` calls this when it is time."""
-        # The dual is scaled for the step to come. With a schedule from 0 the first one has no penalty to be scaled for.
-        penalty = self.penalty(self.step_count)
-        residual = self.residual()
-        if self.budget is not None:
-            self._share(self.budget, penalty)
-        entered = []
-        for pruned, state in self._pairs():
-            # Without a gradient there is no pull, and so no dual.
-            own_penalty = penalty if self._is_reached(pruned.weight) else 0.0
-            try:
-                entered.append(state.update(pruned.weight, own_penalty, self._fisher(pruned), self._scratch))
-            except ValueError as error:
-                raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
-        self.projection_count += 1
-        self.last_residual, self.last_entered = residual, torch.stack(entered).sum()
-
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
-
-    def _sizes(self) -> list[int]:
-        return [w.weight.numel() for w in self.weights]
-
-    def _keeps_by_magnitude(self, budget: SharedBudget) -> list[int]:
-        for w in self.weights:
-            if not w.structure.is_unstructured:
-                raise ValueError(
-                    f"{w.name} has mask structure {w.structure}, which decides how many entries it keeps; a budget is "
-                    "shared by unstructured weights only: leave the budget or the structure out"
-                )
-        sizes = self._sizes()
-        total = sum(w.keep for w in self.weights)
-        return shared_keeps(
-            lambda i: projection_scores(self.weights[i].weight.detach().float()), sizes, total, *budget.limits(sizes)
-        )
-
-    def _share(self, budget: SharedBudget, penalty: float) -> None:
-        """Decide how many entries of each weight the projection at this penalty keeps."""
-        corrections = self._bias_corrections()
-        smallest, largest = budget.limits(self._sizes())
-        for i, (pruned, state) in enumerate(self._pairs()):
-            state.keep = min(max(pruned.keep, smallest[i]), largest[i])
-        sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
-
-        def scores(position: int) -> Tensor:
-            # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
-            i = sharing[position]
-            pruned = self.weights[i]
-            found = self.states[i].scores(pruned.weight, penalty, self._fisher(pruned), self._scratch)
-            return found if corrections[i] == 1.0 else found.mul_(corrections[i])
-
-        sizes, fewest, most = ([of[i] for i in sharing] for of in (self._sizes(), smallest, largest))
-        # Floor and cap may leave those with a gradient no way to meet what all were asked for.
-        total = min(max(sum(self.weights[i].keep for i in sharing), sum(fewest)), sum(most))
-        try:
-            keeps = shared_keeps(scores, sizes, total, fewest, most) if sharing else []
-        except ValueError as error:
-            raise ValueError(f"sharing the budget at step {self.step_count}: {error}") from error
-        for i, keep in zip(sharing, keeps, strict=True):
-            self.states[i].keep = keep
 
     def _bias_corrections(self) -> list[float]:
         """What each weight's scores are multiplied by, as their second moments are averages that started at zero.
@@ -382,10 +355,3 @@ class ADMMOptimizer:
         fisher: Tensor = moments["exp_avg_sq"]
         # Optimizers with moments in few bits, ours and torchao's, keep it quantized.
         return fisher.dequantize() if hasattr(fisher, "codes") else fisher.float()
-
-    def _freeze(self) -> None:
-        self.frozen = True
-        with torch.no_grad():
-            for pruned, state in self._pairs():
-                if self.prune_unreached or self._is_reached(pruned.weight):
-                    state.apply_mask_(pruned.weight, self._scratch)

@@ -73,7 +73,8 @@ def sparse_mask(scores: Tensor, keep: int, structure: MaskStructure | None = Non
 
     :param scores: saliencies, fp32, without a sign (as :func:`projection_scores` gives them); (out, in) for an N:M
         structure, else any shape
-    :param keep: how many entries of the tensor stay; an N:M structure decides this itself and ignores it
+    :param keep: how many entries of the tensor stay. An N:M structure keeps no fewer than its pattern leaves; of those
+        that it would zero, the largest scores stay, until there are ``keep``
     :param structure: the zero pattern, unstructured by default
     :raises ValueError: for a score that is negative or not finite, a ``keep`` outside [0, n], or a width that the group
         does not divide
@@ -83,7 +84,10 @@ def sparse_mask(scores: Tensor, keep: int, structure: MaskStructure | None = Non
     # NaN wins a maximum as infinity does, so one reduction finds both.
     if scores.numel() and not torch.isfinite(scores.amax()):
         raise ValueError("the scores to project hold NaN or infinity; the weights or their gradients have diverged")
-    return _largest_of_each_group(scores, structure)
+    mask = _largest_of_each_group(scores, structure)
+    if keep <= scores.numel() // structure.group * (structure.group - structure.zeroed):
+        return mask
+    return largest_mask(scores.masked_fill(mask, torch.finfo(scores.dtype).max), keep)
 
 
 def _largest_of_each_group(scores: Tensor, structure: MaskStructure) -> Tensor:

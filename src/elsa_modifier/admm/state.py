@@ -1,12 +1,13 @@
-"""The ADMM pair (z, u) of one weight, held as one dense tensor and one bit a weight.
+"""The split variable ``z`` and the dual ``u`` of one weight, in at most one dense tensor and one bit a weight.
 
 With ``v = x + u`` and the mask ``M`` that the projection selects, ``z = v M`` and the new dual is
 ``u = v - z = v (1 - M)``: their supports are disjoint, so one tensor holds both. (Its form ``z - u`` is the reflection
 ``(2 Proj - I) v`` of Douglas-Rachford splitting.) That is 4.125 bytes a weight in fp32 where two tensors take 8, and
-1.14 in the 8-bit formats.
+1.14 in the 8-bit formats. Where ``z`` follows ``x`` only the dual is left to store, and without a dual only the bits.
 
-Off the support it is the unscaled dual ``y = penalty * u`` that is stored. A schedule that changes the penalty must
-leave ``y`` as it is and rescale ``u``; so nothing has to be done, and the proximal term is ``penalty (x - z) + y``.
+What is stored off the support is ``-y``, the negative of the unscaled dual ``y = penalty * u``. A schedule that changes
+the penalty must leave ``y`` as it is and rescale ``u``; so nothing has to be done, and the proximal term is
+``penalty (x - z) + y``.
 """
 
 from collections.abc import Iterator
@@ -15,23 +16,23 @@ import torch
 from torch import Tensor
 
 from elsa_modifier.admm.bitmask import count_entered, pack_bits, select_by_bits, unpack_bits
+from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.projection import MaskStructure, projection_scores, sparse_mask
-from elsa_modifier.admm.rounding import round_stochastically_
 from elsa_modifier.admm.storage import Scratch, StateDtype, StoredPair, chunks
 
 __all__ = ["ADMMState"]
 
 
 class ADMMState:
-    """Split variable ``z`` and scaled dual ``u`` of one weight ``x``.
-
-    Weights may be fp32, or bf16: then every change is rounded stochastically.
+    """``z`` and scaled ``u`` of one weight ``x``, which is fp32 or bf16.
 
     :param x: the weight, contiguous; the state takes its shape and device
-    :param keep: how many entries stay (an N:M structure decides this itself and ignores it)
+    :param keep: how many entries stay; may be changed between updates
     :param structure: the zero pattern
-    :param free_support: between updates let ``z`` follow ``x`` on its support (partial minimization over ``z`` for a
-        fixed support), so that only pruned weights feel the penalty
+    :param form: ``coupled`` holds ``z`` from one update to the next. ``decoupled`` lets it follow ``x`` on its support
+        (partial minimization over ``z`` for a fixed support, where ``u`` is 0), so that only pruned weights feel the
+        penalty
+    :param dual: whether there is one, which the coupled form always has; otherwise ``u`` is 0
     :param dtype: what the pair is stored in; arithmetic is fp32
     :param scratch: for weights of at least this size; here and in the methods, None allocates
     """
@@ -42,22 +43,26 @@ class ADMMState:
         keep: int,
         structure: MaskStructure,
         *,
-        free_support: bool = False,
+        form: PenaltyForm = "decoupled",
+        dual: bool = True,
         dtype: StateDtype = "fp32",
         scratch: Scratch | None = None,
     ) -> None:
         self.keep = keep
         self.structure = structure
-        self.free_support = free_support
+        self.form = form
         self._shape = x.shape
         self._bits = pack_bits(sparse_mask(projection_scores(x.detach().float()), keep, structure))
-        # z on the support, -y off it. At first z = Proj(x) and y = 0; a free support, where z is x, stores no z.
-        self._pair = StoredPair(x.numel(), dtype, x.device, both_kinds=not free_support)
-        if not free_support:
+        # z on the support, -y off it. At first z = Proj(x) and y = 0.
+        self._pair: StoredPair | None = None
+        if form == "coupled":
             scratch = self._scratch(scratch)
+            self._pair = StoredPair(x.numel(), dtype, x.device, both_kinds=True)
             for start, end, bits in self._chunks():
                 chosen = select_by_bits(bits, torch.Size([end - start]), 1.0, 0.0, scratch.selection)
                 self._pair.write(start, end, _flat(x)[start:end] * chosen, bits, scratch)
+        elif dual:
+            self._pair = StoredPair(x.numel(), dtype, x.device, both_kinds=False)
 
     @property
     def mask(self) -> Tensor:
@@ -72,11 +77,11 @@ class ADMMState:
     @property
     def nbytes(self) -> int:
         """Bytes this state holds."""
-        return self._pair.nbytes + self._bits.nbytes
+        return self._bits.nbytes + (0 if self._pair is None else self._pair.nbytes)
 
     def split(self, x: Tensor) -> Tensor:
         """``z``, fp32, of which ``x`` is the weight."""
-        return (x.detach().float() if self.free_support else self._stored()) * self.mask
+        return (self._stored() if self.form == "coupled" else x.detach().float()) * self.mask
 
     def dual(self, penalty: float) -> Tensor:
         """``u = y / penalty``, fp32, zero on the support and at a penalty of 0 (which has built up no dual)."""
@@ -88,76 +93,71 @@ class ADMMState:
         return projection_scores(self._point(x, penalty, self._scratch(scratch)), fisher)
 
     @torch.no_grad()
-    def update(self, x: Tensor, penalty: float, fisher: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
-        """z- and u-update: ``v = x + u``, ``z <- Proj(v)``, ``u <- v - z``. Returns how many entries entered the mask.
+    def update(
+        self,
+        x: Tensor,
+        penalty: float,
+        fisher: Tensor | None = None,
+        scratch: Scratch | None = None,
+        *,
+        ascent: float = 1.0,
+    ) -> Tensor:
+        """z- and u-update. Returns how many entries entered the mask.
 
         :param x: the weight
         :param penalty: its value from now on; at 0 the dual stays zero
         :param fisher: diagonal Fisher of ``x`` for the objective-aware projection; None projects by magnitude
+        :param ascent: the part of the residual that the dual takes up, 0 to 1
         :returns: zero-dimensional int64 tensor on the weight's device
         :raises ValueError: if ``x`` or ``fisher`` is not finite
         """
         scratch = self._scratch(scratch)
+        # z <- Proj(x + u)
         v = self._point(x, penalty, scratch)
         new = pack_bits(sparse_mask(projection_scores(v, fisher), self.keep, self.structure))
         entered = count_entered(new, self._bits)
         self._bits = new
-        for start, end, bits in self._chunks():
-            values = v.view(-1)[start:end]
-            values.mul_(
-                select_by_bits(bits, values.shape, 0.0 if self.free_support else 1.0, -penalty, scratch.selection)
-            )
-            self._pair.write(start, end, values, bits, scratch)
+        # u <- u + ascent (x - z)
+        if self._pair is not None:
+            on_support = 1.0 if self.form == "coupled" else 0.0
+            for start, end, bits in self._chunks():
+                values = v.view(-1)[start:end]
+                if ascent < 1:
+                    values.sub_(_flat(x)[start:end], alpha=1 - ascent)
+                values.mul_(select_by_bits(bits, values.shape, on_support, -penalty, scratch.selection))
+                self._pair.write(start, end, values, bits, scratch)
         return entered
-
-    @torch.no_grad()
-    def pull_(self, x: Tensor, penalty: float, scratch: Scratch | None = None) -> None:
-        """Decoupled proximal step, in place: ``x <- x - penalty (x - z) - y``, ``0 <= penalty <= 1``."""
-        scratch = self._scratch(scratch)
-        for start, end, _ in self._chunks():
-            weight = _flat(x)[start:end]
-            values = weight if weight.dtype == torch.float32 else scratch.weight[: end - start].copy_(weight)
-            self.pull_entries_(start, end, values, penalty, scratch)
-            if values is not weight:
-                round_stochastically_(weight, values)
-
-    def pull_entries_(self, start: int, end: int, values: Tensor, penalty: float, scratch: Scratch) -> None:
-        """:meth:`pull_` on entries ``start`` to ``end``, one of the chunks of the weight, given as fp32 ``values``."""
-        bits = self._bits_of(start, end)
-        stored = self._pair.read(start, end, bits, scratch)
-        if self.free_support:
-            # The pair is zero on the support, so only the decay has to know the mask.
-            decay = select_by_bits(bits, values.shape, 1.0, 1.0 - penalty, scratch.selection)
-            torch.addcmul(stored, values, decay, out=values)
-        else:
-            values.mul_(1.0 - penalty)
-            values.addcmul_(stored, select_by_bits(bits, values.shape, penalty, 1.0, scratch.selection))
 
     @torch.no_grad()
     def add_proximal_gradient_(self, grad: Tensor, x: Tensor, penalty: float, scratch: Scratch | None = None) -> None:
         """Coupled proximal term, in place: ``grad <- grad + penalty (x - z) + y``."""
+        assert self.form == "coupled" and self._pair is not None
         scratch = self._scratch(scratch)
         for start, end, bits in self._chunks():
             stored = self._pair.read(start, end, bits, scratch)
-            weight, gradient = _flat(x)[start:end], _flat(grad)[start:end]
-            on = 0.0 if self.free_support else penalty
-            pull = torch.mul(weight, select_by_bits(bits, stored.shape, on, penalty, scratch.selection))
+            gradient = _flat(grad)[start:end]
+            pull = _flat(x)[start:end].float() * penalty
             gradient.add_(pull)
-            if self.free_support:
-                gradient.sub_(stored)
-            else:
-                minus = select_by_bits(bits, stored.shape, -penalty, -1.0, scratch.selection)
-                gradient.add_(torch.mul(stored, minus, out=pull))
+            minus = select_by_bits(bits, stored.shape, -penalty, -1.0, scratch.selection)
+            gradient.add_(torch.mul(stored, minus, out=pull))
 
     @torch.no_grad()
-    def apply_mask_(self, x: Tensor, scratch: Scratch | None = None) -> None:
-        """Zero the weights outside the mask, in place (as ``+0.0`` or ``-0.0``)."""
-        scratch = self._scratch(scratch)
-        for start, end, _ in self._chunks():
-            self.mask_entries_(start, end, _flat(x)[start:end], scratch)
+    def pull_(self, start: int, end: int, values: Tensor, penalty: float, scratch: Scratch) -> None:
+        """Decoupled proximal step, in place: ``x <- x - penalty (x - z) - y``, ``0 <= penalty <= 1``.
 
-    def mask_entries_(self, start: int, end: int, values: Tensor, scratch: Scratch) -> None:
-        """:meth:`apply_mask_` on entries ``start`` to ``end``, one of the chunks of the weight."""
+        :param start: of a chunk of the weight, up to ``end``; see :func:`~elsa_modifier.admm.storage.chunks`
+        :param values: the chunk, fp32
+        """
+        assert self.form == "decoupled"
+        bits = self._bits_of(start, end)
+        # x - z and y are zero on the support.
+        values.mul_(select_by_bits(bits, values.shape, 1.0, 1.0 - penalty, scratch.selection))
+        if self._pair is not None:
+            values.add_(self._pair.read(start, end, bits, scratch))
+
+    @torch.no_grad()
+    def mask_(self, start: int, end: int, values: Tensor, scratch: Scratch) -> None:
+        """Zero what is outside the mask, in place (as ``+0.0`` or ``-0.0``), of a chunk as in :meth:`pull_`."""
         values.mul_(select_by_bits(self._bits_of(start, end), values.shape, 1.0, 0.0, scratch.selection))
 
     @torch.no_grad()
@@ -167,17 +167,19 @@ class ADMMState:
         sums = torch.zeros(2, device=x.device)
         for start, end, bits in self._chunks():
             weight = _flat(x)[start:end].float()
-            if self.free_support:
-                gap = weight * select_by_bits(bits, weight.shape, 0.0, 1.0, scratch.selection)
-            else:
+            if self.form == "coupled" and self._pair is not None:
                 stored = self._pair.read(start, end, bits, scratch)
                 gap = weight - stored * select_by_bits(bits, weight.shape, 1.0, 0.0, scratch.selection)
+            else:
+                gap = weight * select_by_bits(bits, weight.shape, 0.0, 1.0, scratch.selection)
             sums += torch.stack([torch.dot(gap, gap), torch.dot(weight, weight)])
         return sums
 
     def _point(self, x: Tensor, penalty: float, scratch: Scratch) -> Tensor:
         """``v = x + u``, fp32, in ``scratch``."""
         v = scratch.whole[: x.numel()]
+        if self._pair is None:
+            return v.copy_(_flat(x)).view(self._shape)
         for start, end, bits in self._chunks():
             stored = self._pair.read(start, end, bits, scratch)
             dual = select_by_bits(bits, stored.shape, 0.0, _negated_inverse(penalty), scratch.selection)
@@ -193,9 +195,10 @@ class ADMMState:
         return self._bits[start // 8 : -(-end // 8)]
 
     def _stored(self) -> Tensor:
+        if self._pair is None or not self._shape.numel():
+            return torch.zeros(self._shape, device=self._bits.device)
         scratch = self._scratch(None)
-        parts = [self._pair.read(*chunk, scratch).clone() for chunk in self._chunks()]
-        return torch.cat(parts).view(self._shape) if parts else torch.zeros(self._shape)
+        return torch.cat([self._pair.read(*chunk, scratch).clone() for chunk in self._chunks()]).view(self._shape)
 
     def _scratch(self, scratch: Scratch | None) -> Scratch:
         return Scratch(self._shape.numel(), self._bits.device) if scratch is None else scratch

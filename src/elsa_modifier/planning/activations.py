@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.planning.tracing import LiveStorage, Phase
+from elsa_modifier.training.distillation import Distillation
+from elsa_modifier.training.layers import decoder_layers
 from elsa_modifier.training.model_state import embed_in_fp32, trained_dtype
-from elsa_modifier.training.objective import next_token_loss
 
-__all__ = ["MicroBatchPeak", "decoder_layers", "fake_model", "trace_micro_batch"]
+__all__ = ["MicroBatchPeak", "fake_model", "trace_micro_batch"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,6 @@ def fake_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
         return model.train()
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's decoder layers in order; empty if it has no list of as many as its configuration says."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
-
-
 def trace_micro_batch(config: PreTrainedConfig, settings: RunSettings, dtype: torch.dtype) -> MicroBatchPeak:
     """Run forward, loss and backward of the last micro-batch of a step without data.
 
@@ -97,8 +91,10 @@ def _trace(model: PreTrainedModel, settings: RunSettings, period: int) -> LiveSt
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # transformers knows tensors without data, and makes masks for them that a run does not need; see LiveStorage.
     with _mode_of(model), patch_attr(masking_utils, "is_tracing", lambda *_: False):
+        loss_of = settings.objective.of(model)
+        held = loss_of.teacher.parameters() if isinstance(loss_of, Distillation) else ()
         ids = torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64)
-        tracker = LiveStorage([*parameters, *model.buffers(), ids], experts=experts)
+        tracker = LiveStorage([*parameters, *model.buffers(), *held, ids], experts=experts)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(
                 _drop_gradient if settings.gradient_release else tracker.is_gradient
@@ -110,7 +106,7 @@ def _trace(model: PreTrainedModel, settings: RunSettings, period: int) -> LiveSt
                     parameter.grad = torch.zeros_like(parameter)
                     tracker.is_gradient(parameter)
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = next_token_loss(model, {"input_ids": ids, "labels": ids}) / ids.numel()
+                loss = loss_of(model, {"input_ids": ids, "labels": ids}) / ids.numel()
             tracker.phase = Phase.TOP
             loss.backward()
     return tracker

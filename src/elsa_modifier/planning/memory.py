@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
 from elsa_modifier.planning.settings import RunSettings
+from elsa_modifier.training.distillation import TEACHER_DTYPE
+from elsa_modifier.training.model_state import trained_dtype
 from elsa_modifier.training.stochastic_adam import moment_block
 
 __all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
@@ -46,6 +48,7 @@ class MemoryPlan:
     :param weights: the master copy that the optimizer updates
     :param gradients: of all weights, or of the largest one if they are released one by one
     :param optimizer: the base optimizer's moments
+    :param teacher: the dense copy that the objective compares with
     :param admm_state: the ADMM pair, the mask's bits and the scratch buffers
     :param activations: what forward, backward or a projection holds beyond all of these
     :param gathered: whole layers of a sharded model, as several GPUs put them together to compute
@@ -54,6 +57,7 @@ class MemoryPlan:
     weights: int
     gradients: int
     optimizer: int
+    teacher: int
     admm_state: int
     activations: int
     gathered: int
@@ -61,7 +65,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All lines together."""
-        return self.weights + self.gradients + self.optimizer + self.admm_state + self.activations + self.gathered
+        return sum(getattr(self, line.name) for line in fields(self))
 
 
 def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -> MemoryPlan:
@@ -72,6 +76,7 @@ def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -
         weights=shape.total * itemsize,
         gradients=alive * itemsize,
         optimizer=_moment_bytes(shape.parameters, settings.optimizer, itemsize),
+        teacher=_teacher_bytes(shape.parameters) if settings.objective.has_teacher else 0,
         admm_state=_state_bytes(shape.pruned, settings) + _scratch_bytes(max(shape.pruned), device),
         activations=0,
         gathered=0,
@@ -104,12 +109,18 @@ def _moment_bytes(parameters: Sequence[tuple[int, ...]], optimizer: str, itemsiz
 
 def _state_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
     """The pair (z, u), its scales, and the mask's bits."""
+    bits = sum(-(-count // 8) for count in pruned)
+    coupled = settings.form == "coupled"
+    if not (coupled or settings.dual):
+        return bits
     nowhere = torch.device("meta")
-    pairs = sum(
-        StoredPair(count, settings.state_dtype, nowhere, both_kinds=not settings.free_support).nbytes
-        for count in pruned
-    )
-    return pairs + sum(-(-count // 8) for count in pruned)
+    return bits + sum(StoredPair(count, settings.state_dtype, nowhere, both_kinds=coupled).nbytes for count in pruned)
+
+
+def _teacher_bytes(parameters: Sequence[tuple[int, ...]]) -> int:
+    """Of :func:`~elsa_modifier.training.distillation.copy_as_teacher`."""
+    shapes = [torch.empty(shape, device="meta") for shape in parameters]
+    return sum(tensor.numel() * trained_dtype(tensor, TEACHER_DTYPE).itemsize for tensor in shapes)
 
 
 def _scratch_bytes(largest: int, device: torch.device) -> int:

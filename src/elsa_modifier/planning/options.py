@@ -80,6 +80,8 @@ def _candidates(modifier: ELSAModifier) -> list[dict[str, Any]]:
         {"optimizer": "adam8bit_sr"},
         {"weight_dtype": "bf16"} | optimizer,
         {"optimizer": "adam4bit"},
+        # No teacher.
+        {"objective": "next_token"},
     ]
 
 

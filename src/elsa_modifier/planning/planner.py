@@ -6,9 +6,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from elsa_modifier.modifier import ELSAModifier
-from elsa_modifier.planning.activations import MicroBatchPeak, decoder_layers, fake_model, trace_micro_batch
+from elsa_modifier.planning.activations import MicroBatchPeak, fake_model, trace_micro_batch
 from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, projection_temporaries
 from elsa_modifier.planning.settings import RunSettings
+from elsa_modifier.training.layers import decoder_layers
 
 __all__ = ["Plan", "Planner"]
 
@@ -48,8 +49,9 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Operations of forward and backward: 6 a parameter and token; 8 if layers run forward twice."""
-        return (8 if self.settings.activation_checkpointing else 6) * self.parameters * self.tokens
+        """Of forward and backward, 6 a parameter and token; 2 more if layers run forward twice, 2 for a teacher."""
+        s = self.settings
+        return (6 + 2 * s.activation_checkpointing + 2 * s.objective.has_teacher) * self.parameters * self.tokens
 
     @property
     def hours(self) -> float:
@@ -116,6 +118,7 @@ class Planner:
             weights=whole.weights // self._gpus,
             gradients=whole.gradients // self._gpus,
             optimizer=whole.optimizer // self._gpus,
+            teacher=whole.teacher // self._gpus,
             admm_state=whole.admm_state // self._gpus,
             activations=0,
             gathered=0 if self._gpus == 1 else _gathered(shape, settings),
@@ -135,7 +138,8 @@ class Planner:
             steps=1,
             gradient_accumulation_steps=1 + settings.accumulates,
             optimizer="adam",
-            free_support=True,
+            form="decoupled",
+            dual=False,
             state_dtype="fp32",
             weight_dtype="fp32",
         )

@@ -17,6 +17,7 @@ _LINES = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
+    "teacher": "teacher",
     "admm_state": "ADMM state",
     "activations": "activations",
     "gathered": "gathered layers",
@@ -87,7 +88,7 @@ def _memory_table(plan: Plan, title: str) -> Table:
     table.add_column("how it is held", overflow="fold")
     notes = _notes(plan)
     for line, name in _LINES.items():
-        if line != "gathered" or plan.gpus > 1:
+        if getattr(plan.memory, line) or line not in ("gathered", "teacher"):
             table.add_row(name, _gigabytes(getattr(plan.memory, line)), notes[line])
     table.add_section()
     table.add_row("total", _gigabytes(plan.memory.total), f"of {_gigabytes(plan.capacity)}", style="bold")
@@ -102,7 +103,9 @@ def _notes(plan: Plan) -> dict[str, str]:
         "weights": f"{plan.parameters:,} in {s.weight_dtype}{shared}",
         "gradients": ("the largest" if s.gradient_release else "all") + f", in {s.weight_dtype}{shared}",
         "optimizer": f"{s.optimizer}{shared}",
-        "admm_state": f"{plan.pruned:,} in {s.state_dtype}, and mask bits{shared}",
+        "teacher": f"the dense weights in bf16, for {s.objective.name}{shared}",
+        "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if s.form == "coupled" or s.dual else "")
+        + f"mask bits{shared}",
         "activations": f"{s.batch_size} x {s.sequence_length} tokens, {checkpointed}",
         "gathered": "whole layers to compute with",
     }

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from llmcompressor.recipe import Recipe
 
+from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.storage import StateDtype
+from elsa_modifier.fields import TrainingObjective
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import find_recipe
 from elsa_modifier.planning.sources import check_recipe_file
@@ -20,7 +22,9 @@ class RunSettings:
     """What memory and time depend on. Names and values are those of the recipe's fields.
 
     :param sequence_length: at most the model's positions
-    :param free_support: of the penalty; a held support has scales of its own
+    :param objective: whether there is a teacher, and what of it is compared
+    :param form: of the penalty
+    :param dual: whether the decoupled form has one
     """
 
     steps: int
@@ -31,7 +35,9 @@ class RunSettings:
     weight_dtype: str
     state_dtype: StateDtype
     optimizer: str
-    free_support: bool
+    objective: TrainingObjective
+    form: PenaltyForm
+    dual: bool
     gradient_release: bool
     activation_checkpointing: bool
 
@@ -50,7 +56,9 @@ class RunSettings:
             weight_dtype=modifier.weight_dtype,
             state_dtype=modifier.state_dtype,
             optimizer=modifier.optimizer,
-            free_support=modifier.penalty.free_support,
+            objective=modifier.objective,
+            form=modifier.penalty.form,
+            dual=modifier.penalty.dual,
             gradient_release=modifier.gradient_release,
             activation_checkpointing=modifier.activation_checkpointing,
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.training.data import BatchSource
 from elsa_modifier.training.gradient_release import releasing_gradients
-from elsa_modifier.training.objective import count_targets, next_token_loss
+from elsa_modifier.training.objective import Objective, count_targets, next_token_loss
 
 __all__ = ["Precision", "StepRecord", "TrainingDiverged", "train"]
 
@@ -33,7 +33,7 @@ class StepRecord:
     """One optimizer step of the history.
 
     :param step: from 1
-    :param loss: mean next-token cross-entropy before the step, nats
+    :param loss: the objective before the step, the mean over predicted tokens, nats
     :param learning_rate: of the base optimizer in this step
     :param penalty: ``lam`` or ``rho`` in this step; 0 once the mask is fixed
     :param grad_norm: global norm of the loss gradient before clipping; once the mask is fixed, of what it keeps
@@ -66,6 +66,7 @@ def train(
     scheduler: LRScheduler,
     batches: BatchSource,
     *,
+    objective: Objective = next_token_loss,
     steps: int,
     max_grad_norm: float | None,
     precision: Precision,
@@ -76,6 +77,7 @@ def train(
     """Run ``steps`` optimizer steps and append a record of each to ``history``.
 
     :param model: in training mode, on ``device``, fp32 parameters
+    :param objective: what is minimized
     :param max_grad_norm: clip the global gradient norm to this; None does not clip
     :param precision: ``bf16`` runs forward and backward under autocast
     :param gradient_release: see :mod:`elsa_modifier.training.gradient_release`; needs ``max_grad_norm`` None and a
@@ -100,7 +102,7 @@ def train(
             micro_batches = batches.micro_batches(step)
             tokens = _count_tokens(micro_batches)
             if release is None:
-                loss = _accumulate_gradients(model, micro_batches, tokens, precision, device)
+                loss = _accumulate_gradients(model, objective, micro_batches, tokens, precision, device)
                 for parameter in parameters:
                     optimizer.mask_gradient_(parameter)
                 norm = nn.utils.get_total_norm(_gradients(parameters))
@@ -110,7 +112,7 @@ def train(
                 optimizer.step()
             else:
                 (batch,) = micro_batches
-                loss = _loss(model, batch, tokens, precision, device)
+                loss = _loss(model, objective, batch, tokens, precision, device)
                 _finite(step, learning_rate, loss.detach(), torch.zeros_like(loss))
                 loss.backward()
                 mean_loss, grad_norm = _finite(
@@ -167,15 +169,21 @@ def _count_tokens(micro_batches: list[dict[str, Tensor]]) -> int:
 
 
 def _loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], tokens: int, precision: Precision, device: torch.device
+    model: PreTrainedModel,
+    objective: Objective,
+    batch: dict[str, Tensor],
+    tokens: int,
+    precision: Precision,
+    device: torch.device,
 ) -> Tensor:
     """Over the tokens of the whole step, so that accumulation does not change the result."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return next_token_loss(model, {key: value.to(device) for key, value in batch.items()}) / tokens
+        return objective(model, {key: value.to(device) for key, value in batch.items()}) / tokens
 
 
 def _accumulate_gradients(
     model: PreTrainedModel,
+    objective: Objective,
     micro_batches: list[dict[str, Tensor]],
     tokens: int,
     precision: Precision,
@@ -184,7 +192,7 @@ def _accumulate_gradients(
     """Forward and backward of one optimizer step: its mean loss per predicted token."""
     total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = _loss(model, batch, tokens, precision, device)
+        loss = _loss(model, objective, batch, tokens, precision, device)
         loss.backward()
         total += loss.detach()
     return total

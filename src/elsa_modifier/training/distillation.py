@@ -1,0 +1,111 @@
+"""Objectives with a teacher: the dense model, as it was before the run, in bf16.
+
+The next token is one word; the teacher's distribution over the whole vocabulary says more about each position, and its
+hidden states more still. Where a run is short that is worth more than anything else (docs/results/ablation.md).
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elsa_modifier.training.data import IGNORED_LABEL
+from elsa_modifier.training.layers import layer_outputs
+from elsa_modifier.training.model_state import trained_dtype
+from elsa_modifier.training.objective import TokenRows, chunk_rows, count_targets, sum_over_tokens, token_rows
+
+__all__ = ["TEACHER_DTYPE", "Distillation", "copy_as_teacher"]
+
+TEACHER_DTYPE = torch.bfloat16
+
+
+def copy_as_teacher(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in evaluation mode that needs no gradients, its matrices in bf16; no fp32 copy exists on the way."""
+    copies: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    for parameter in model.parameters():
+        to = trained_dtype(parameter, TEACHER_DTYPE) if parameter.is_floating_point() else parameter.dtype
+        copies[id(parameter)] = nn.Parameter(parameter.detach().to(to, copy=True), requires_grad=False)
+    return copy.deepcopy(model, memo=copies).eval()
+
+
+class Distillation:
+    """``next_token`` x cross-entropy + ``logits`` x KL + ``hidden`` x error, an
+    :data:`~elsa_modifier.training.objective.Objective`.
+
+    KL is ``KL(teacher || model)`` over the full vocabulary, both at a temperature ``T``, times ``T^2`` (Hinton et al.,
+    arXiv 1503.02531). The error is ``||h - h_teacher||^2 / ||h_teacher||^2`` of each token's hidden state after a
+    decoder layer, the mean over layers (as SquareHead, arXiv 2310.06927, but normalized for each token: a few have
+    hidden states a hundred times as large as the others).
+
+    :param teacher: see :func:`copy_as_teacher`
+    :param next_token: weight of the cross-entropy with the next token
+    :param logits: weight of the KL divergence
+    :param hidden: weight of the hidden states' error
+    :param temperature: of both distributions
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        *,
+        next_token: float,
+        logits: float,
+        hidden: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        self.teacher = teacher
+        self._next_token = next_token
+        self._logits = logits
+        self._hidden = hidden
+        self._temperature = temperature
+
+    def __call__(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        device = batch["input_ids"].device
+        size = chunk_rows(model, batch)
+        with _computing_as_teacher(device), layer_outputs(self.teacher) as wanted:
+            taught = token_rows(self.teacher, batch, size)
+        with layer_outputs(model) as found:
+            tokens = token_rows(model, batch, size)
+        loss = torch.zeros((), device=device)
+        if self._next_token or self._logits:
+            loss = loss + self._of_logits(tokens, taught)
+        if self._hidden:
+            errors = [_relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
+            of_position = torch.stack(errors).mean(dim=0)
+            seen = batch.get("attention_mask", torch.ones_like(batch["labels"])).float()
+            # A mean over positions, counted as often as tokens are predicted.
+            mean = (of_position * seen).sum() / seen.sum()
+            loss = loss + self._hidden * count_targets(batch["labels"]) * mean
+        return loss
+
+    def _of_logits(self, tokens: TokenRows, taught: TokenRows) -> Tensor:
+        def divergence(part: Tensor, teacher_part: Tensor, targets: Tensor) -> Tensor:
+            with _computing_as_teacher(part.device):
+                wanted = F.log_softmax(taught.head(teacher_part).float() / self._temperature, dim=-1)
+            found = F.log_softmax(tokens.head(part).float(), dim=-1)
+            loss = self._next_token * F.nll_loss(found, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+            if self._temperature != 1:
+                found = F.log_softmax(found / self._temperature, dim=-1)
+            predicted = (targets != IGNORED_LABEL).float()
+            of_token = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
+            return loss + self._logits * self._temperature**2 * (of_token * predicted).sum()
+
+        return sum_over_tokens(divergence, tokens, taught.rows)
+
+
+@contextlib.contextmanager
+def _computing_as_teacher(device: torch.device) -> Iterator[None]:
+    # Its matrices are in bf16 whatever the precision of the run is.
+    with torch.no_grad(), torch.autocast(device.type, TEACHER_DTYPE):
+        yield
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """(batch, length)"""
+    found, wanted = found.float(), wanted.float()
+    tiny = torch.finfo(torch.float32).tiny
+    return (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(tiny)
