@@ -121,9 +121,10 @@ def test_conjugate_gradients_reach_the_least_squares_solution_on_the_support():
     torch.testing.assert_close(refined[3], same)
 
 
-def test_alps_ends_near_the_best_weights_of_its_support():
+@pytest.mark.parametrize("iterations", [1, 300])
+def test_alps_ends_near_the_best_weights_of_its_support(iterations):
     weight, gram = problem()
-    found = ALPSModifier(sparsity=0.8).pruned(weight, gram, 150)
+    found = ALPSModifier(sparsity=0.8, iterations=iterations).pruned(weight, gram, 150)
     best = least_squares(weight.double(), gram.double(), found != 0)
     assert error(best, weight, gram) <= error(found, weight, gram) < 1.01 * error(best, weight, gram)
 
