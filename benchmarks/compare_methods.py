@@ -1,87 +1,94 @@
-"""Perplexity of ELSA against the other ways to reach a sparsity, on one model, the same text, side by side in one run.
+"""Perplexity of ELSA against the other ways to reach a sparsity: several models, the same text for every method.
 
-Every method goes through ``oneshot`` and gets 65,536 tokens of the same documents: 64 steps of 2 x 512 for the methods
-that train, 128 samples of 512 for those that calibrate. Magnitude + finetuning and gradual pruning have ELSA's learning
-rate and schedule, the published form its published ones.
+Each measurement is a row of benchmarks/results/compare_methods.jsonl, and one that is there is not made again. Methods
+that train with a learning rate of their own are run with three, each twice the last, and the best counts; ELSA has its
+defaults. With several seeds the learning rate is chosen with the first.
 """
 
 import argparse
-from collections.abc import Callable
+import math
 from typing import Any
 
-import yaml
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from benchmarks.comparison_page import write_page
+from benchmarks.measuring import append_row, measure, read_rows
+from benchmarks.methods import METHODS, Method, Setting
+from benchmarks.models import MODELS, BenchmarkModel
 
-from benchmarks.baselines.gradual import GradualPruningModifier
-from benchmarks.measuring import BUDGET, CALIBRATION_SAMPLES, LENGTH, ROOT, Results, publish
-from elsa_modifier import ELSAModifier
-from elsa_modifier.training.learning_rate import default_learning_rate
-
-WIDTH = 576  # of SmolLM2-135M
+NAME = "compare_methods"
 
 
-def _published(sparsity: float) -> dict[str, Any]:
-    """All that the recipe of the paper's OPT-125M says, the published model of this size. One GPU: lam as printed."""
-    path = ROOT / "recipes" / "paper" / "opt-125m" / f"elsa_{round(sparsity * 100)}.yaml"
-    fields: dict[str, Any] = yaml.safe_load(path.read_text())["prune_stage"]["prune_modifiers"]["ELSAModifier"]
-    return fields
+class Comparison:
+    """The rows of one model, measured where they are missing.
+
+    :param again: measure also what is there
+    """
+
+    def __init__(self, model: BenchmarkModel, *, again: bool = False) -> None:
+        self.model = model
+        self.held_out = model.held_out()
+        self._done = {} if again else {_key(row): row for row in read_rows(NAME)}
+
+    def dense(self) -> None:
+        """Measure the model as it is."""
+        self._row("dense", Setting(self.model, 0.0), METHODS["magnitude"])
+
+    def run(self, name: str, sparsity: float | str, *, lrs: list[float] | None, seeds: list[int]) -> None:
+        """Measure a method: with every learning rate and the first seed, then with the best and the other seeds."""
+        method = METHODS[name]
+        setting = Setting(self.model, sparsity)
+        if not method.fits(setting) or (setting.structure != "unstructured" and not method.structured):
+            return
+        tried: list[float] | list[None] = (lrs or setting.learning_rates) if method.tuned else [None]
+        first, *others = seeds
+        rows = [self._row(name, Setting(self.model, sparsity, lr, first), method) for lr in tried]
+        best = min(rows, key=self._badness)["lr"]
+        for seed in others if method.seeded else []:
+            self._row(name, Setting(self.model, sparsity, best, seed), method)
+
+    def _badness(self, row: dict[str, Any]) -> float:
+        return sum(math.log(row[title]) for title in self.held_out)
+
+    def _row(self, name: str, setting: Setting, method: Method) -> dict[str, Any]:
+        seed = setting.seed if method.seeded else 0
+        what: dict[str, Any] = {"model": self.model.name, "method": name, "sparsity": setting.sparsity}
+        what |= {"lr": setting.lr, "seed": seed}
+        if _key(what) not in self._done:
+            pattern = {"sparsity": setting.fraction, "mask_structure": setting.structure}
+            modifier = method.make(setting)
+            row = what | measure(self.model, self.held_out, modifier, magnitude=pattern, seed=setting.seed)
+            append_row(NAME, row)
+            write_page(read_rows(NAME))
+            self._done[_key(what)] = row
+        return self._done[_key(what)]
 
 
-def _gradual(sparsity: float, *, fisher: bool) -> GradualPruningModifier:
-    lr = default_learning_rate(steps=BUDGET["steps"], width=WIDTH, sparsity=sparsity)
-    return GradualPruningModifier(sparsity=sparsity, fisher=fisher, lr=lr, **BUDGET)
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[column] for column in ("model", "method", "sparsity", "lr", "seed"))
 
 
-def _methods(sparsity: float) -> dict[str, Callable[[], Any]]:
-    layer_wise: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"], "mask_structure": "0:0"}
-    return {
-        "magnitude": lambda: None,
-        "magnitude + finetuning": lambda: ELSAModifier(sparsity=sparsity, finalize=0.0, **BUDGET),
-        "gradual magnitude": lambda: _gradual(sparsity, fisher=False),
-        "gradual Fisher": lambda: _gradual(sparsity, fisher=True),
-        "ELSA": lambda: ELSAModifier(sparsity=sparsity, **BUDGET),
-        "Wanda": lambda: WandaPruningModifier(sparsity=sparsity, **layer_wise),
-        "SparseGPT": lambda: SparseGPTModifier(sparsity=sparsity, **layer_wise),
-        "ELSA as published": lambda: ELSAModifier(**(_published(sparsity) | BUDGET)),
-    }
-
-
-def write_table(results: Results) -> None:
-    """Render the last row of each method and sparsity as a Markdown table."""
-    latest = results.latest()
-    sparsities = sorted({sparsity for _, sparsity in latest} - {0.0})
-    dense = latest["dense", 0.0]
-    lines = [
-        "# Methods compared",
-        "",
-        f"SmolLM2-135M-Instruct, perplexity on held-out C4 / Wikipedia text in sequences of {LENGTH}; dense "
-        f"{dense['C4']:.1f} / {dense['Wikipedia']:.1f}. Every method sees {CALIBRATION_SAMPLES * LENGTH:,} tokens of "
-        f"the same documents: {BUDGET['steps']} steps of {BUDGET['batch_size']} x {LENGTH}, or {CALIBRATION_SAMPLES} "
-        f"calibration samples of {LENGTH}. In brackets, minutes on two CPU cores.",
-        "",
-        "`python -m benchmarks.compare_methods` (or `make benchmarks`) prints and writes this.",
-        "",
-        "| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |",
-        "|---" * (len(sparsities) + 1) + "|",
-    ]
-    for method in _methods(0.5):
-        rows = [latest.get((method, sparsity)) for sparsity in sparsities]
-        cells = [f"{r['C4']:,.1f} / {r['Wikipedia']:,.1f} ({r['minutes']:.1f})" if r else "" for r in rows]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    publish("compare_methods", lines)
+def _sparsity(text: str) -> float | str:
+    return text if ":" in text else float(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
-    parser.add_argument("--methods", nargs="+", choices=list(_methods(0.5)), default=list(_methods(0.5)))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["smollm2", "gemma3"])
+    parser.add_argument(
+        "--sparsities", type=_sparsity, nargs="+", default=[0.5, 0.7, 0.8, 0.9, "2:4"], help="fractions, or N:M"
+    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--lrs", type=float, nargs="+", help="instead of the three that are tried")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--again", action="store_true", help="measure also what is measured already")
+    parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
     arguments = parser.parse_args()
-    results = Results("compare_methods")
-    results.measure("dense", 0.0)
-    for sparsity in arguments.sparsities:
-        for name in arguments.methods:
-            results.measure(name, sparsity, _methods(sparsity)[name]())
-            write_table(results)
+    for name in [] if arguments.page else arguments.models:
+        comparison = Comparison(MODELS[name], again=arguments.again)
+        comparison.dense()
+        for sparsity in arguments.sparsities:
+            for method in arguments.methods:
+                comparison.run(method, sparsity, lrs=arguments.lrs, seeds=arguments.seeds)
+    write_page(read_rows(NAME))
 
 
 if __name__ == "__main__":

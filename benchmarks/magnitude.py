@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from elsa_modifier.admm import sparse_mask
+from elsa_modifier.admm import parse_mask_structure, sparse_mask
 
 __all__ = ["linear_sparsity", "prune_by_magnitude_", "pruned_linears"]
 
@@ -15,12 +15,15 @@ def pruned_linears(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def prune_by_magnitude_(model: PreTrainedModel, sparsity: float) -> None:
-    """Zero exactly the given fraction of every Linear's weight but ``lm_head``'s, in place."""
+def prune_by_magnitude_(model: PreTrainedModel, sparsity: float, mask_structure: str = "unstructured") -> None:
+    """Zero exactly the given fraction of every Linear's weight but ``lm_head``'s, in place.
+
+    :param mask_structure: or ``N:M``, which says by itself how many those are
+    """
     for module in pruned_linears(model):
         weight = module.weight
-        mask = sparse_mask(weight.abs().float(), weight.numel() - round(sparsity * weight.numel()))
-        weight.masked_fill_(~mask, 0.0)
+        keep = weight.numel() - round(sparsity * weight.numel())
+        weight.masked_fill_(~sparse_mask(weight.abs().float(), keep, parse_mask_structure(mask_structure)), 0.0)
 
 
 def linear_sparsity(model: PreTrainedModel) -> float:

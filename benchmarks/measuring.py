@@ -7,54 +7,75 @@ from typing import Any
 
 import torch
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.assets import evaluation_sequences, model_directory, training_texts
-from benchmarks.baselines.gradual import GradualPruningModifier
 from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
-from elsa_modifier import ELSAModifier
+from benchmarks.models import SMOLLM2, BenchmarkModel
 from elsa_modifier.evaluation import perplexity
 
-__all__ = ["BUDGET", "CALIBRATION_SAMPLES", "LENGTH", "ROOT", "Results", "publish", "resident"]
+__all__ = ["BUDGET", "LENGTH", "ROOT", "Results", "append_row", "measure", "publish", "read_rows", "resident"]
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTH = 512
-# The same 65,536 tokens for methods that train and for those that calibrate.
-CALIBRATION_SAMPLES = 128
-BUDGET: dict[str, Any] = {"steps": 64, "batch_size": 2, "sequence_length": LENGTH}
+# SmolLM2's, which is all that most benchmarks look at.
+LENGTH = SMOLLM2.sequence_length
+BUDGET = SMOLLM2.budget
 
 
 class Results:
     """Rows of a benchmark, kept in ``benchmarks/results/<name>.jsonl``; the last row of a label and sparsity counts."""
 
     def __init__(self, name: str) -> None:
-        self._file = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
-        self.held_out = evaluation_sequences(AutoTokenizer.from_pretrained(model_directory()), length=LENGTH)
+        self.name = name
+        self.held_out = SMOLLM2.held_out()
 
     def measure(self, label: str, sparsity: float, modifier: Any = None) -> None:
         """Prune SmolLM2 with a modifier, by magnitude without one, or not at all at sparsity 0; append perplexities."""
-        torch.manual_seed(0)
-        started = time.perf_counter()
-        model = _prune(modifier, sparsity)
-        minutes = (time.perf_counter() - started) / 60
-        row = {"label": label, "sparsity": sparsity, "minutes": round(minutes, 2), "zeros": linear_sparsity(model)}
-        row |= {title: round(perplexity(model, ids), 2) for title, ids in self.held_out.items()}
-        self._append(row)
+        self.record(label, sparsity, measure(SMOLLM2, self.held_out, modifier, magnitude={"sparsity": sparsity}))
 
     def record(self, label: str, sparsity: float, values: dict[str, Any]) -> None:
         """Append a row that was measured otherwise."""
-        self._append({"label": label, "sparsity": sparsity} | values)
-
-    def _append(self, row: dict[str, Any]) -> None:
-        print(row, flush=True)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.name, {"label": label, "sparsity": sparsity} | values)
 
     def latest(self) -> dict[tuple[str, float], dict[str, Any]]:
         """The last row of each label and sparsity."""
-        rows = [json.loads(line) for line in self._file.read_text().splitlines()]
-        return {(row["label"], row["sparsity"]): row for row in rows}
+        return {(row["label"], row["sparsity"]): row for row in read_rows(self.name)}
+
+
+def measure(
+    on: BenchmarkModel,
+    held_out: dict[str, Tensor],
+    modifier: Any,
+    *,
+    magnitude: dict[str, Any],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Prune a model with a modifier, or by magnitude without one: minutes, fraction of zeros, perplexity of each text.
+
+    :param held_out: (sequences, length) token ids, by title
+    :param magnitude: what ``prune_by_magnitude_`` takes if there is no modifier
+    """
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    model = _prune(on, modifier, magnitude)
+    minutes = (time.perf_counter() - started) / 60
+    row = {"minutes": round(minutes, 2), "zeros": linear_sparsity(model)}
+    return row | {title: round(perplexity(model, ids), 2) for title, ids in held_out.items()}
+
+
+def append_row(name: str, row: dict[str, Any]) -> None:
+    """Append a row to ``benchmarks/results/<name>.jsonl`` and print it."""
+    print(row, flush=True)
+    file = _rows_file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened:
+        opened.write(json.dumps(row) + "\n")
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """All rows of a benchmark, in the order in which they were measured; none if there is no file."""
+    file = _rows_file(name)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def resident(field: str) -> int:
@@ -71,22 +92,22 @@ def publish(name: str, lines: list[str]) -> None:
     print(page.read_text())
 
 
-def _prune(modifier: Any, sparsity: float) -> PreTrainedModel:
+def _rows_file(name: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+
+
+def _prune(on: BenchmarkModel, modifier: Any, magnitude: dict[str, Any]) -> PreTrainedModel:
     if modifier is None:
-        model = AutoModelForCausalLM.from_pretrained(model_directory())
-        if sparsity > 0:
-            prune_by_magnitude_(model, sparsity)
+        model = AutoModelForCausalLM.from_pretrained(on.directory())
+        prune_by_magnitude_(model, **magnitude)
         return model
+    texts = on.training_texts()
     # What trains packs documents itself; the layer-wise methods get the same, full windows.
-    packing = (
-        {}
-        if isinstance(modifier, (ELSAModifier, GradualPruningModifier))
-        else {"max_seq_length": LENGTH, "concatenate_data": True}
-    )
+    pack = modifier.requires_calibration_data and "text" in texts.column_names
     return oneshot(
-        model=str(model_directory()),
-        dataset=training_texts(),
+        model=str(on.directory()),
+        dataset=texts,
         recipe=[modifier],
-        num_calibration_samples=CALIBRATION_SAMPLES,
-        **packing,
+        num_calibration_samples=on.calibration_samples,
+        **({"max_seq_length": on.sequence_length, "concatenate_data": True} if pack else {}),
     )

@@ -10,6 +10,7 @@ from elsa_modifier.fields import Budget, Penalty
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import recipe, recipes
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
+from elsa_modifier.sparsity_files import sparsity_mapping
 from elsa_modifier.training.conversations import teach_chat_templates
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
@@ -24,6 +25,7 @@ __all__ = [
     "recipe",
     "recipes",
     "save_sparse",
+    "sparsity_mapping",
 ]
 
 __version__ = "0.1.0"
