@@ -1,64 +1,93 @@
-"""ELSA with one field changed at a time, at one sparsity, with the tokens of ``compare_methods``."""
+"""ELSA with one field changed at a time, on one model at one sparsity, with the tokens of ``compare_methods``."""
 
 import argparse
 from typing import Any
 
-from benchmarks.measuring import BUDGET, LENGTH, Results, publish
+from benchmarks.measuring import append_row, measure, publish, read_rows
+from benchmarks.models import MODELS, BenchmarkModel
 from elsa_modifier import ELSAModifier
+from elsa_modifier.training.learning_rate import default_learning_rate
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "no teacher": {"objective": "next_token"},
+    "half next token": {"objective": {"weight": 0.5}},
+    "half next token, and hidden states": {"objective": {"name": "distill_hidden", "weight": 0.5}},
+    "and hidden states": {"objective": "distill_hidden"},
+    "reconstruction": {"objective": "reconstruction"},
+    "temperature 2": {"objective": {"temperature": 2.0}},
+    "no ramp": {"sparsity_schedule": "constant"},
+    "no ramp, the pull rising by a cosine": {"sparsity_schedule": "constant", "penalty": {"schedule": "cosine"}},
+    "no ramp, pull rising, dual, no teacher": {
+        "sparsity_schedule": "constant",
+        "penalty": {"schedule": "cosine", "dual": True},
+        "objective": "next_token",
+    },
+    "linear ramp": {"sparsity_schedule": "linear"},
+    "ramp to 0.4, mask fixed at 0.6": {"sparsity_schedule": {"end": 0.4}, "finalize": 0.6},
+    "mask fixed at the end": {"finalize": 1.0},
+    "dual": {"penalty": {"dual": True}},
     "rho 1": {"penalty": {"value": 1.0}},
     "rho 0.1": {"penalty": {"value": 0.1}},
     "rho 0.03": {"penalty": {"value": 0.03}},
-    "held support": {"penalty": {"free_support": False}},
-    "coupled, free support, lam 1": {"penalty": {"form": "coupled", "value": 1.0}},
-    "coupled, free support, lam 0.1": {"penalty": {"form": "coupled", "value": 0.1}},
-    "coupled, free support, lam 0.01": {"penalty": {"form": "coupled", "value": 0.01}},
-    "coupled, free support, lam 0.1, magnitude projection": {
-        "penalty": {"form": "coupled", "value": 0.1},
-        "projection": "magnitude",
-    },
-    "coupled, held support, lam 0.1": {"penalty": {"form": "coupled", "value": 0.1, "free_support": False}},
     "magnitude projection": {"projection": "magnitude"},
+    "shared budget": {"shared_budget": {}},
     "interval 32": {"interval": 32},
-    "finalize 0.6": {"finalize": 0.6},
-    "finalize 1.0": {"finalize": 1.0},
-    "lr 2e-4": {"lr": 2e-4},
-    "lr 5e-4": {"lr": 5e-4},
-    "lr 2e-3": {"lr": 2e-3},
 }
+FACTORS = {"lr / 4": 0.25, "lr / 2": 0.5, "lr x 2": 2.0, "lr x 4": 4.0}
 
 
-def write_table(results: Results) -> None:
-    """Render the rows as a Markdown table, one a sparsity."""
-    latest = results.latest()
+def _fields(name: str, model: BenchmarkModel, sparsity: float, steps: int) -> dict[str, Any]:
+    fields = {"sparsity": sparsity} | model.budget | {"steps": steps} | VARIANTS.get(name, {})
+    if name in FACTORS:
+        fields["lr"] = FACTORS[name] * default_learning_rate(steps=steps, width=model.width, sparsity=sparsity)
+    return fields
+
+
+def write_page() -> None:
+    """A table for each model, sparsity and length of the run, from the last row of each variant and seed."""
+    rows = {tuple(row[key] for key in ("model", "sparsity", "steps", "label", "seed")): row for row in read_rows(NAME)}
     lines = [
         "# One field at a time",
         "",
-        f"SmolLM2-135M-Instruct, {BUDGET['steps']} steps of {BUDGET['batch_size']} x {LENGTH} tokens; perplexity on "
-        "held-out C4 / Wikipedia text. Defaults: decoupled, free support, rho 0.3, Fisher projection, finalize 0.8.",
+        "Perplexity on held-out text, on each of the seeds. Models, texts and tokens are those of "
+        "[compare_methods.md](compare_methods.md).",
         "",
-        "`python -m benchmarks.ablation --sparsity S [--variants ...]` prints and writes this.",
+        "`python -m benchmarks.ablation --model M --sparsity S [--steps N] [--variants ...] [--seeds ...]` prints and "
+        "writes this.",
     ]
-    for sparsity in sorted({s for _, s in latest}):
-        lines += ["", f"| {sparsity:.0%} | C4 | Wikipedia | minutes |", "|---|---|---|---|"]
-        for name in VARIANTS:
-            if row := latest.get((name, sparsity)):
-                lines.append(f"| {name} | {row['C4']:,.1f} | {row['Wikipedia']:,.1f} | {row['minutes']:.1f} |")
-    publish("ablation", lines)
+    for model, sparsity, steps in sorted({key[:3] for key in rows}):
+        titles = list(MODELS[model].held_out())
+        lines += ["", f"## {MODELS[model].title}, {sparsity:.0%}, {steps:,} steps", ""]
+        lines += ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+        for label in [*VARIANTS, *FACTORS]:
+            found = [row for key, row in sorted(rows.items(), key=str) if key[:4] == (model, sparsity, steps, label)]
+            if found:
+                cells = [" / ".join(f"{row[title]:,.2f}" for row in found) for title in titles]
+                lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    publish(NAME, lines)
+
+
+NAME = "ablation"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--sparsity", type=float, default=0.8)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--steps", type=int, help="instead of the model's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *FACTORS], default=[*VARIANTS, *FACTORS])
     arguments = parser.parse_args()
-    results = Results("ablation")
+    model = MODELS[arguments.model]
+    steps = arguments.steps or model.steps
+    held_out = model.held_out()
     for name in arguments.variants:
-        fields = {"sparsity": arguments.sparsity} | BUDGET | VARIANTS[name]
-        results.measure(name, arguments.sparsity, ELSAModifier(**fields))
-        write_table(results)
+        for seed in arguments.seeds:
+            modifier = ELSAModifier(**_fields(name, model, arguments.sparsity, steps), seed=seed)
+            row = {"model": model.name, "sparsity": arguments.sparsity, "steps": steps, "label": name, "seed": seed}
+            append_row(NAME, row | measure(model, held_out, modifier, magnitude={}, seed=seed))
+            write_page()
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ def measure(
     magnitude: dict[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Prune a model with a modifier, or by magnitude without one: minutes, fraction of zeros, perplexity of each text.
+    """Prune a model, by magnitude without a modifier: minutes, fraction of zeros, perplexity of each text.
 
     :param held_out: (sequences, length) token ids, by title
+    :param modifier: one, or several in order
     :param magnitude: what ``prune_by_magnitude_`` takes if there is no modifier
     """
     torch.manual_seed(seed)
@@ -102,12 +103,13 @@ def _prune(on: BenchmarkModel, modifier: Any, magnitude: dict[str, Any]) -> PreT
         prune_by_magnitude_(model, **magnitude)
         return model
     texts = on.training_texts()
+    recipe = modifier if isinstance(modifier, list) else [modifier]
     # What trains packs documents itself; the layer-wise methods get the same, full windows.
-    pack = modifier.requires_calibration_data and "text" in texts.column_names
+    pack = any(m.requires_calibration_data for m in recipe) and "text" in texts.column_names
     return oneshot(
         model=str(on.directory()),
         dataset=texts,
-        recipe=[modifier],
+        recipe=recipe,
         num_calibration_samples=on.calibration_samples,
         **({"max_seq_length": on.sequence_length, "concatenate_data": True} if pack else {}),
     )

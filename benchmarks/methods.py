@@ -11,7 +11,11 @@ from typing import Any
 import yaml
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
+from benchmarks.baselines.alps import ALPSModifier
 from benchmarks.baselines.gradual import GradualPruningModifier
+from benchmarks.baselines.l_admm import LADMMModifier
+from benchmarks.baselines.masked_finetuning import MaskedFinetuningModifier
+from benchmarks.baselines.safe import SAFEModifier
 from benchmarks.measuring import ROOT
 from benchmarks.models import BenchmarkModel
 from elsa_modifier import ELSAModifier
@@ -60,7 +64,7 @@ class Setting:
 class Method:
     """A way to prune.
 
-    :param make: the modifier for a setting; None prunes by magnitude
+    :param make: the modifier for a setting, or several in order; None prunes by magnitude
     :param tuned: whether several learning rates are tried, of which the best counts
     :param seeded: whether another seed gives another result
     :param structured: whether it can do an ``N:M`` structure
@@ -89,6 +93,12 @@ def _layer_wise(setting: Setting) -> dict[str, Any]:
     }
 
 
+def _finetuning(setting: Setting, objective: str) -> MaskedFinetuningModifier:
+    """Of what the modifiers before it have pruned, on windows of the same text."""
+    fields = {name: value for name, value in setting.training.items() if name != "sparsity"}
+    return MaskedFinetuningModifier(objective=objective, **fields)
+
+
 def _published_recipe(setting: Setting) -> Path:
     """Of the paper's OPT-125M, the smallest published model."""
     name = f"{round(setting.fraction * 100)}" if setting.structure == "unstructured" else setting.structure
@@ -106,11 +116,26 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(lambda s: None, structured=True),
     "Wanda": Method(lambda s: WandaPruningModifier(**_layer_wise(s)), structured=True),
     "SparseGPT": Method(lambda s: SparseGPTModifier(**_layer_wise(s)), structured=True),
+    "L-ADMM": Method(lambda s: LADMMModifier(sparsity=s.fraction)),
+    "ALPS": Method(lambda s: ALPSModifier(sparsity=s.fraction)),
     "magnitude + finetuning": Method(
-        lambda s: _elsa(s, finalize=0.0, lr=s.lr), tuned=True, seeded=True, structured=True
+        lambda s: _elsa(s, finalize=0.0, objective="next_token", lr=s.lr), tuned=True, seeded=True, structured=True
     ),
+    "SparseGPT + finetuning": Method(
+        lambda s: [SparseGPTModifier(**_layer_wise(s)), _finetuning(s, "next_token")],
+        tuned=True,
+        seeded=True,
+        structured=True,
+    ),
+    "ALPS + distilled finetuning": Method(
+        lambda s: [ALPSModifier(sparsity=s.fraction), _finetuning(s, "distill")], tuned=True, seeded=True
+    ),
+    "SAFE+": Method(lambda s: SAFEModifier(activation=True, **s.training), tuned=True, seeded=True),
     "gradual magnitude": Method(lambda s: GradualPruningModifier(fisher=False, **s.training), tuned=True, seeded=True),
     "gradual Fisher": Method(lambda s: GradualPruningModifier(fisher=True, **s.training), tuned=True, seeded=True),
+    "gradual Fisher, distilled": Method(
+        lambda s: GradualPruningModifier(fisher=True, objective="distill", **s.training), tuned=True, seeded=True
+    ),
     "ELSA as published": Method(_published, seeded=True, structured=True, fits=lambda s: _published_recipe(s).exists()),
     "ELSA": Method(_elsa, seeded=True, structured=True),
 }

@@ -143,7 +143,6 @@ STORIES = BenchmarkModel(
     batch_size=4,
     sequence_length=256,
     width=64,
-    lr_scale=4.0,
 )
 
 GEMMA = BenchmarkModel(

@@ -20,11 +20,11 @@ from elsa_modifier.training.data import IGNORED_LABEL, batches_from_calibration
 from elsa_modifier.training.model_state import trainable
 from elsa_modifier.training.objective import count_targets, next_token_loss
 
-__all__ = ["TrainingBaseline", "half_distilled_loss"]
+__all__ = ["TrainingBaseline", "distilled_loss"]
 
 
-def half_distilled_loss(model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Half the next-token cross-entropy, half the KL divergence of the teacher's to the model's whole distribution.
+def distilled_loss(model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], weight: float) -> Tensor:
+    """``(1 - weight)`` x next-token cross-entropy + ``weight`` x KL of the teacher's to the model's whole distribution.
 
     :param batch: model inputs and unshifted ``labels`` (batch, length)
     :returns: sum over predicted tokens, zero-dimensional fp32, in nats
@@ -36,7 +36,7 @@ def half_distilled_loss(model: PreTrainedModel, teacher: PreTrainedModel, batch:
         dense = teacher(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)[predicted].float().log_softmax(-1)
     found = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)[predicted].float().log_softmax(-1)
     cross_entropy = F.nll_loss(found, targets[predicted], reduction="sum")
-    return (cross_entropy + F.kl_div(found, dense, log_target=True, reduction="sum")) / 2
+    return (1 - weight) * cross_entropy + weight * F.kl_div(found, dense, log_target=True, reduction="sum")
 
 
 class TrainingBaseline(Modifier):
@@ -47,7 +47,8 @@ class TrainingBaseline(Modifier):
     :param batch_size: sequences a step
     :param sequence_length: tokens a sequence
     :param lr: peak learning rate, falling linearly to 0
-    :param objective: ``next_token``, or ``distill``: see :func:`half_distilled_loss`
+    :param objective: ``next_token``, or ``distill``: see :func:`distilled_loss`
+    :param weight: of the KL divergence
     :param teacher: directory of the dense model for ``distill``, held in bf16; None takes the model as it is before the
         first modifier of the recipe
     :param seed: of the order of the data and of dropout
@@ -58,6 +59,7 @@ class TrainingBaseline(Modifier):
     sequence_length: int
     lr: float
     objective: Literal["next_token", "distill"] = "next_token"
+    weight: float = 1.0
     teacher: str | None = None
     seed: int = 0
 
@@ -126,4 +128,4 @@ class TrainingBaseline(Modifier):
     def _loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         if self._teacher is None:
             return next_token_loss(model, batch)
-        return half_distilled_loss(model, self._teacher, batch)
+        return distilled_loss(model, self._teacher, batch, self.weight)

@@ -12,7 +12,7 @@ from benchmarks.baselines import training
 from benchmarks.baselines.gradual import GradualPruningModifier
 from benchmarks.baselines.l_admm import LADMMModifier
 from benchmarks.baselines.masked_finetuning import MaskedFinetuningModifier
-from benchmarks.baselines.training import half_distilled_loss
+from benchmarks.baselines.training import distilled_loss
 from benchmarks.magnitude import prune_by_magnitude_, pruned_linears
 from elsa_modifier.training.data import IGNORED_LABEL
 
@@ -116,7 +116,7 @@ def test_half_of_the_distilled_loss_is_the_divergence_from_the_teacher(load):
             if label != IGNORED_LABEL:
                 divergence = sum(float(a * (a / b).log()) for a, b in zip(p[row, place], q[row, place], strict=True))
                 expected += divergence / 2 - float(q[row, place, label].log()) / 2
-    loss = half_distilled_loss(model, teacher, {"input_ids": ids, "labels": labels})
+    loss = distilled_loss(model, teacher, {"input_ids": ids, "labels": labels}, 0.5)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert model.lm_head.weight.grad is not None and teacher.lm_head.weight.grad is None
@@ -125,10 +125,8 @@ def test_half_of_the_distilled_loss_is_the_divergence_from_the_teacher(load):
 @pytest.mark.parametrize("recipe", ["gradual", "after another", "sparse already"])
 def test_the_teacher_is_the_dense_model(recipe, load, checkpoint, texts, pruned, monkeypatch):
     teachers = []
-    original = training.half_distilled_loss
-    monkeypatch.setattr(
-        training, "half_distilled_loss", lambda m, t, batch: teachers.append(t) or original(m, t, batch)
-    )
+    original = training.distilled_loss
+    monkeypatch.setattr(training, "distilled_loss", lambda m, t, *rest: teachers.append(t) or original(m, t, *rest))
     distilled = RUN | {"objective": "distill"}
     match recipe:
         case "gradual":
