@@ -96,7 +96,7 @@ class ELSAModifier(Modifier):
         moments in 8 bits, stochastically rounded; or torchao's in few bits: ``adam8bit``, ``adam4bit``, ``adamfp8``
     :param sparsity_schedule: see :class:`~elsa_modifier.fields.Tightening`; its name will do
     :param interval: optimizer steps between z- and u-updates; None is the published 32, and fewer in a run too short
-        for a hundred updates
+        for 25 updates
     :param penalty: see :class:`~elsa_modifier.fields.Penalty`
     :param projection: ``fisher`` keeps the weights with the largest ``F x^2``, ``magnitude`` with the largest ``|x|``
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
@@ -366,7 +366,7 @@ class ELSAModifier(Modifier):
             penalty=PenaltySchedule(self.penalty.value, self.penalty.schedule, freeze_step),
             form=self.penalty.form,
             dual=self.penalty.dual,
-            interval=self.interval or min(32, max(1, freeze_step // 100)),
+            interval=self.interval or min(32, max(1, freeze_step // 25)),
             projection=self.projection,
             sparsity_schedule=SparsitySchedule(
                 self.sparsity_schedule.name, round(self.sparsity_schedule.end * self.steps)
