@@ -119,7 +119,10 @@ METHODS: dict[str, Method] = {
     "L-ADMM": Method(lambda s: LADMMModifier(sparsity=s.fraction)),
     "ALPS": Method(lambda s: ALPSModifier(sparsity=s.fraction)),
     "magnitude + finetuning": Method(
-        lambda s: _elsa(s, finalize=0.0, objective="next_token", lr=s.lr), tuned=True, seeded=True, structured=True
+        lambda s: _elsa(s, finalize=0.0, objective="next_token", shared_budget=False, lr=s.lr),
+        tuned=True,
+        seeded=True,
+        structured=True,
     ),
     "SparseGPT + finetuning": Method(
         lambda s: [SparseGPTModifier(**_layer_wise(s)), _finetuning(s, "next_token")],

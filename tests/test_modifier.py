@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from elsa_modifier import ELSAModifier
 from elsa_modifier.training.loop import TrainingDiverged
 
-QUICK = dict(steps=10, batch_size=2, sequence_length=16, interval=3, lr=1e-3, precision="fp32")
+QUICK = dict(steps=10, batch_size=2, sequence_length=16, interval=3, lr=1e-3, precision="fp32", shared_budget=False)
 
 
 def elsa(**fields):
@@ -113,7 +113,7 @@ def test_path_recipe_file_and_output_directory(checkpoint, texts, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "prune_stage:\n  prune_modifiers:\n    ELSAModifier:\n      sparsity: 0.8\n      steps: 6\n"
-        "      batch_size: 2\n      sequence_length: 16\n      finalize: 0.5\n"
+        "      shared_budget: false\n      batch_size: 2\n      sequence_length: 16\n      finalize: 0.5\n"
     )
     out = tmp_path / "out"
     model = oneshot(model=str(checkpoint()), dataset=texts, recipe=str(recipe), output_dir=str(out))
@@ -181,6 +181,21 @@ def test_sparsity_per_layer(load, texts):
     for name, module in linears(model).items():
         expected = 0.5 if name == "model.layers.0.mlp.up_proj" else 0.9 if "mlp" in name else 0.7
         assert zeros(module.weight) == round(expected * module.weight.numel()), name
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.995])
+def test_by_default_all_targets_share_what_one_sparsity_gives(sparsity, load, texts):
+    model = oneshot(model=load(), dataset=texts, recipe=[elsa(sparsity=sparsity, shared_budget=None)])
+    weights = [module.weight for module in linears(model).values()]
+    assert sum(map(zeros, weights)) == sum(round(sparsity * w.numel()) for w in weights)
+    apart = any(zeros(w) != round(sparsity * w.numel()) for w in weights)
+    assert apart == (sparsity < 0.99)  # beyond, the cap leaves no choice
+
+
+@pytest.mark.parametrize("fields", [dict(sparsity=0.8, shared_budget=False), dict(sparsity={"re:.*": 0.8})], ids=str)
+def test_what_says_how_sparse_each_target_is_shares_nothing(fields, load, texts):
+    model = oneshot(model=load(), dataset=texts, recipe=[elsa(**dict(shared_budget=None) | fields)])
+    assert all(zeros(m.weight) == round(0.8 * m.weight.numel()) for m in linears(model).values())
 
 
 def test_a_shared_budget_is_spent_within_floor_and_cap(load, texts):
@@ -417,7 +432,7 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(sequence_length=1), "sequence_length"),
         (dict(lr=0.0), "lr\n"),
         (dict(lr=float("nan")), "lr\n"),
-        (dict(lr_schedule="sometimes"), "lr_schedule\n  Input should be 'linear', 'cosine' or 'constant'"),
+        (dict(lr_schedule="sometimes"), "lr_schedule\n  Input should be 'linear', 'cosine', 'constant' or 'wsd'"),
         (dict(warmup_steps=10), "warmup_steps is 10; allowed is less than steps, 10"),
         (dict(betas=[0.9, 1.0]), "betas is"),
         (dict(betas=[0.9]), "betas\n"),

@@ -42,6 +42,7 @@ def assert_penalty(path, recipe, *, printed, gpus, schedule):
         "dual": False,
     }
     assert (recipe.objective.name, recipe.sparsity_schedule.name) == ("next_token", "constant")
+    assert recipe._budget() is None
     words = " ".join(re.findall(r"^# (.*)$", path.read_text(), flags=re.MULTILINE))
     lam, count, value, _ = re.search(
         r"Printed lam (\S+); the authors' code divides it by its GPUs, (\d+) .*?, so penalty.value is (\S+)\.( |$)",

@@ -10,7 +10,9 @@ from elsa_modifier import ELSAModifier
 from elsa_modifier.unreached import summarized
 from tests.reference.admm import keep_mask
 
-QUICK = dict(sparsity=0.5, steps=6, batch_size=2, sequence_length=16, interval=2, lr=1e-2, precision="fp32")
+QUICK = dict(
+    sparsity=0.5, steps=6, batch_size=2, sequence_length=16, interval=2, lr=1e-2, precision="fp32", shared_budget=False
+)
 DEAD = [f"model.layers.{layer}.mlp.experts.3.{part}_proj" for layer in (0, 1) for part in ("up", "gate", "down")]
 
 

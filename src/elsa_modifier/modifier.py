@@ -43,7 +43,9 @@ from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
 
-_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+# Of the steps, before the rate falls.
+_STABLE = 0.6
 
 
 class ELSAModifier(Modifier):
@@ -76,8 +78,8 @@ class ELSAModifier(Modifier):
     :param sparsity: fraction of zeros in every target, 0 <= sparsity < 1; or a mapping of name patterns (``re:`` as in
         ``targets``) to such fractions, of which the first that matches decides. Not needed for an ``N:M`` structure
     :param mask_structure: ``unstructured``, or ``N:M``: N zeros in every M weights along the input dimension
-    :param shared_budget: None makes every target as sparse as ``sparsity`` says; otherwise see
-        :class:`~elsa_modifier.fields.Budget`
+    :param shared_budget: see :class:`~elsa_modifier.fields.Budget`; None shares where nothing says what each target
+        has (one ``sparsity`` for all, unstructured). False makes every target as sparse as ``sparsity`` says
     :param targets: modules to prune: names, classes, or ``re:`` patterns
     :param ignore: modules of those that stay dense
     :param prune_unreached: prune targets that have no gradient in the whole run too (a vision tower, an expert without
@@ -88,7 +90,8 @@ class ELSAModifier(Modifier):
     :param sequence_length: tokens in a sequence; at most what the model's positions allow
     :param objective: see :class:`~elsa_modifier.fields.TrainingObjective`; its name will do
     :param lr: peak learning rate; None chooses one from the steps, the model's width and the sparsity
-    :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up
+    :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up; ``wsd`` stays until 60%
+        of the steps, as long as the constraint tightens by default, and falls linearly to 0
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
     :param betas: Adam's two decay rates
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
@@ -118,7 +121,7 @@ class ELSAModifier(Modifier):
 
     sparsity: float | dict[str, float] | None = None
     mask_structure: str = "unstructured"
-    shared_budget: Budget | None = None
+    shared_budget: Budget | Literal[False] | None = None
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     prune_unreached: bool = False
@@ -128,7 +131,7 @@ class ELSAModifier(Modifier):
     sequence_length: int = Field(2048, ge=2)
     objective: TrainingObjective = Field(default_factory=TrainingObjective)
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     warmup_steps: int = Field(0, ge=0)
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
@@ -188,7 +191,7 @@ class ELSAModifier(Modifier):
                 f"sparsity is {self.sparsity}, but mask_structure {structure} always has {structure.sparsity}; leave "
                 "sparsity out"
             )
-        if not structure.is_unstructured and self.shared_budget is not None:
+        if not structure.is_unstructured and self.shared_budget:
             raise ValueError(
                 f"shared_budget is set, but mask_structure {structure} decides how many zeros each weight has; leave "
                 "one of the two out"
@@ -244,8 +247,8 @@ class ELSAModifier(Modifier):
         refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
         targets = self._find_targets(state.model)
         self._frozen = frozen_parameters(state.model, targets)
-        if self.shared_budget is not None:
-            self.shared_budget.among(targets)
+        if budget := self._budget():
+            budget.among(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
@@ -295,6 +298,7 @@ class ELSAModifier(Modifier):
                 optimizer.base,
                 num_warmup_steps=self.warmup_steps,
                 num_training_steps=self.steps,
+                scheduler_specific_kwargs=self._schedule_options(),
             )
             train(
                 model,
@@ -349,6 +353,13 @@ class ELSAModifier(Modifier):
         assert sparsity is not None
         return find_targets(model, targets=self.targets, ignore=self.ignore, sparsity=sparsity, structure=structure)
 
+    def _budget(self) -> Budget | None:
+        if self.shared_budget is not None:
+            return self.shared_budget or None
+        if isinstance(self.sparsity, float) and parse_mask_structure(self.mask_structure).is_unstructured:
+            return Budget(cap=max(0.99, self.sparsity))
+        return None
+
     def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
         weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
@@ -371,7 +382,7 @@ class ELSAModifier(Modifier):
             sparsity_schedule=SparsitySchedule(
                 self.sparsity_schedule.name, round(self.sparsity_schedule.end * self.steps)
             ),
-            budget=self.shared_budget.among(targets) if self.shared_budget else None,
+            budget=budget.among(targets) if (budget := self._budget()) else None,
             freeze_step=freeze_step,
             state_dtype=self.state_dtype,
             prune_unreached=self.prune_unreached,
@@ -385,6 +396,12 @@ class ELSAModifier(Modifier):
             f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."
         )
         return rate
+
+    def _schedule_options(self) -> dict[str, Any]:
+        if self.lr_schedule != "wsd":
+            return {}
+        falling = self.steps - max(self.warmup_steps, round(_STABLE * self.steps))
+        return {"num_decay_steps": falling, "decay_type": "linear"}
 
     def _usable_sequence_length(self, model: PreTrainedModel) -> int:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.sequence_length
