@@ -432,7 +432,7 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(sequence_length=1), "sequence_length"),
         (dict(lr=0.0), "lr\n"),
         (dict(lr=float("nan")), "lr\n"),
-        (dict(lr_schedule="sometimes"), "lr_schedule\n  Input should be 'linear', 'cosine', 'constant' or 'wsd'"),
+        (dict(lr_schedule="sometimes"), "lr_schedule\n  Input should be 'linear', 'cosine' or 'constant'"),
         (dict(warmup_steps=10), "warmup_steps is 10; allowed is less than steps, 10"),
         (dict(betas=[0.9, 1.0]), "betas is"),
         (dict(betas=[0.9]), "betas\n"),

@@ -73,7 +73,6 @@ SCHEDULES = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "constant": lambda done: 1.0,
-    "wsd": None,
 }
 
 
@@ -86,10 +85,7 @@ def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, load, text
         optimizer.base.register_step_pre_hook(lambda base, *_: used.append(base.param_groups[0]["lr"]))
 
     modifier = run(load(), texts, watched(watching), lr_schedule=schedule, warmup_steps=warmup)
-    if schedule == "wsd":  # stays for 60% of the steps, 5 of 8, and falls over the others
-        falling = [1.0] * (5 - warmup) + [1 - i / 3 for i in range(3)]
-    else:
-        falling = [SCHEDULES[schedule](i / (STEPS - warmup)) for i in range(STEPS - warmup)]
+    falling = [SCHEDULES[schedule](i / (STEPS - warmup)) for i in range(STEPS - warmup)]
     expected = [1e-3 * factor for factor in [i / warmup for i in range(warmup)] + falling]
     assert [record.learning_rate for record in modifier.history] == pytest.approx(expected)
     assert used == pytest.approx(expected)

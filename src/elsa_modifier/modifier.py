@@ -43,9 +43,7 @@ from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
 
-_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-# Of the steps, before the rate falls.
-_STABLE = 0.6
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class ELSAModifier(Modifier):
@@ -90,8 +88,7 @@ class ELSAModifier(Modifier):
     :param sequence_length: tokens in a sequence; at most what the model's positions allow
     :param objective: see :class:`~elsa_modifier.fields.TrainingObjective`; its name will do
     :param lr: peak learning rate; None chooses one from the steps, the model's width and the sparsity
-    :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up; ``wsd`` stays until 60%
-        of the steps, as long as the constraint tightens by default, and falls linearly to 0
+    :param lr_schedule: ``linear`` or ``cosine`` to 0, or ``constant``, after the warm-up
     :param warmup_steps: optimizer steps over which the learning rate rises from 0
     :param betas: Adam's two decay rates
     :param max_grad_norm: clip the global norm of the loss gradient to this; None does not clip
@@ -131,7 +128,7 @@ class ELSAModifier(Modifier):
     sequence_length: int = Field(2048, ge=2)
     objective: TrainingObjective = Field(default_factory=TrainingObjective)
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(0, ge=0)
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
@@ -298,7 +295,6 @@ class ELSAModifier(Modifier):
                 optimizer.base,
                 num_warmup_steps=self.warmup_steps,
                 num_training_steps=self.steps,
-                scheduler_specific_kwargs=self._schedule_options(),
             )
             train(
                 model,
@@ -396,12 +392,6 @@ class ELSAModifier(Modifier):
             f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."
         )
         return rate
-
-    def _schedule_options(self) -> dict[str, Any]:
-        if self.lr_schedule != "wsd":
-            return {}
-        falling = self.steps - max(self.warmup_steps, round(_STABLE * self.steps))
-        return {"num_decay_steps": falling, "decay_type": "linear"}
 
     def _usable_sequence_length(self, model: PreTrainedModel) -> int:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.sequence_length

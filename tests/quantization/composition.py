@@ -57,6 +57,7 @@ def _modifier(name: str, sparsity: float) -> Modifier:
     if name == "ELSA":
         # Its first loss tells whether the model is what it was; the divergence from a teacher that is the model is 0.
         fields = dict(steps=4, batch_size=2, sequence_length=16, precision="fp32", lr=1e-3, objective="next_token")
+        fields |= dict(shared_budget=False)
         return ELSAModifier(sparsity=sparsity, **fields)
     if name in PRUNERS:
         return PRUNERS[name](sparsity=0.5, ignore=["re:.*lm_head"])

@@ -25,7 +25,7 @@ from tests.conftest import CONFIGS
 from tests.quantization import composition
 from tests.quantization.composition import DOCUMENT, PAIRS, PRUNERS, QUANTIZERS, TRIPLES, W4, Case
 
-QUICK = dict(steps=4, batch_size=2, sequence_length=16, precision="fp32")
+QUICK = dict(steps=4, batch_size=2, sequence_length=16, precision="fp32", shared_budget=False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from elsa_modifier import ELSAModifier, MaskedGPTQModifier, save_sparse
 from elsa_modifier.quantization import llmcompressor_gptq, modifier
 
-ELSA = {"sparsity": 0.8, "steps": 4, "batch_size": 2, "sequence_length": 16}
+ELSA = {"sparsity": 0.8, "steps": 4, "batch_size": 2, "sequence_length": 16, "shared_budget": False}
 _INT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 _INT4 = _INT | {"num_bits": 4, "strategy": "group", "group_size": 16}
 _FP8 = _INT | {"type": "float"}
