@@ -31,7 +31,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rho 0.1": {"penalty": {"value": 0.1}},
     "rho 0.03": {"penalty": {"value": 0.03}},
     "magnitude projection": {"projection": "magnitude"},
-    "shared budget": {"shared_budget": {}},
+    "no shared budget": {"shared_budget": False},
+    "no ramp, pull rising, dual, no teacher, no shared budget": {
+        "sparsity_schedule": "constant",
+        "penalty": {"schedule": "cosine", "dual": True},
+        "objective": "next_token",
+        "shared_budget": False,
+    },
     "interval 32": {"interval": 32},
 }
 FACTORS = {"lr / 4": 0.25, "lr / 2": 0.5, "lr x 2": 2.0, "lr x 4": 4.0}

@@ -6,7 +6,9 @@ from torch import nn
 
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight, SharedBudget, selection
 from elsa_modifier.admm.budget import shared_keeps
+from elsa_modifier.admm.constraint import SparsitySchedule
 from tests.admm.test_selection import VALUES, on_shards
+from tests.reference.admm import entries_kept
 from tests.reference.selection import greedy_keeps, sorted_mask
 
 
@@ -259,3 +261,18 @@ def test_diverged_weights_are_refused():
     optimizer.weights[1].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"step 1: .*NaN"):
         train(optimizer, 1)
+
+
+@pytest.mark.parametrize("budget", [SharedBudget(), SharedBudget(0.6, 0.9), SharedBudget(0.75, 0.75)], ids=str)
+def test_a_shared_budget_tightens_and_its_floor_with_it(budget):
+    optimizer = build(budget, sparsity_schedule=SparsitySchedule("cubic", 15))
+    assert [state.keep for state in optimizer.states] == [96, 64]
+    for _ in range(5):
+        train(optimizer, 4)
+        steps = optimizer.step_count - (optimizer.step_count - 1) % 4 if optimizer.step_count < 20 else 20
+        first, second = (int(mask.sum()) for mask in optimizer.masks.values())
+        asked = entries_kept(96, 24, steps, "cubic", 15) + entries_kept(64, 16, steps, "cubic", 15)
+        assert abs(first + second - asked) <= 1  # floor and cap are rounded for each
+        rising = 1 - (1 - min(steps / 15, 1)) ** 3
+        assert first <= 96 - round(rising * budget.floor * 96) and second <= 64 - round(rising * budget.floor * 64)
+    assert first + second == 40
