@@ -29,7 +29,8 @@ def write_page(rows: list[Row]) -> None:
     lines = [
         "# Methods compared",
         "",
-        "Perplexity on held-out text; in brackets, minutes on two CPU cores. Every method sees as many tokens of the "
+        "Perplexity on held-out text; in brackets, minutes, of runs that shared two CPU cores with others. "
+        "Every method sees as many tokens of the "
         "same documents. Those that train with a learning rate of their own were run with several (listed below), and "
         "the best counts, marked `<` or `>` where it is the smallest or largest that was tried; ELSA has its defaults. "
         "Where there are several seeds, mean and half the range.",

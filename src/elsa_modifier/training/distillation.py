@@ -1,7 +1,7 @@
 """Objectives with a teacher: the dense model, as it was before the run, in bf16.
 
 The next token is one word; the teacher's distribution over the whole vocabulary says more about each position, and its
-hidden states more still. Where a run is short that is worth more than anything else (docs/results/ablation.md).
+hidden states more still. What that is worth in a short run: docs/results/ablation.md.
 """
 
 import contextlib
