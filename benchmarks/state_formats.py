@@ -14,12 +14,12 @@ from elsa_modifier.training.base_optimizer import LOW_BIT_OPTIMIZERS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    **{f"state {name}": {"state_dtype": name} for name in get_args(StateDtype) if name != "fp32"},
+    # Without a dual there is no state to be held in any of them.
+    **{f"state {name}": {"state_dtype": name, "penalty": {"dual": True}} for name in get_args(StateDtype)},
     **{f"optimizer {name}": {"optimizer": name} for name in LOW_BIT_OPTIMIZERS},
-    "bf16 weights, adam8bit_sr, int8 (elsa_l)": {
+    "bf16 weights, adam8bit_sr (elsa_l)": {
         "weight_dtype": "bf16",
         "optimizer": "adam8bit_sr",
-        "state_dtype": "int8",
     },
 }
 
