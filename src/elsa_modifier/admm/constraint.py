@@ -95,14 +95,14 @@ class Constraint:
         """
         tightness = self.schedule(step)
         pairs = zip(self.weights, self._sizes, strict=True)
-        keeps = [size - round(tightness * (size - w.keep)) for w, size in pairs]
+        own = [size - round(tightness * (size - w.keep)) for w, size in pairs]
         if self.budget is None:
-            return keeps
+            return own
         fewest, most = self.budget.limits(self._sizes, tightness)
-        keeps = [min(max(keep, least), limit) for keep, least, limit in zip(keeps, fewest, most, strict=True)]
+        keeps = [min(max(keep, least), limit) for keep, least, limit in zip(own, fewest, most, strict=True)]
         if not sharing:
             return keeps
-        brought = sum(size - round(tightness * (size - w.keep)) for w, size in self._of(sharing))
+        brought = sum(own[i] for i in sharing)
         least, limit = sum(fewest[i] for i in sharing), sum(most[i] for i in sharing)
         if tightness < 1 or len(sharing) < len(self.weights):
             # Floor and cap may leave those that share, or rounding, no way to meet what all were asked for.
@@ -117,9 +117,6 @@ class Constraint:
         for i, share in zip(sharing, shares, strict=True):
             keeps[i] = share
         return keeps
-
-    def _of(self, numbers: Sequence[int]) -> list[tuple[PrunedWeight, int]]:
-        return [(self.weights[i], self._sizes[i]) for i in numbers]
 
     def _magnitudes(self, number: int) -> Tensor:
         return projection_scores(self.weights[number].weight.detach().float())

@@ -7,6 +7,7 @@ hidden states more still. What that is worth in a short run: docs/results/ablati
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +67,9 @@ class Distillation:
     def __call__(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         device = batch["input_ids"].device
         size = chunk_rows(model, batch)
-        with _computing_as_teacher(device), layer_outputs(self.teacher) as wanted:
+        with _computing_as_teacher(device), self._hidden_states_of(self.teacher) as wanted:
             taught = token_rows(self.teacher, batch, size)
-        with layer_outputs(model) as found:
+        with self._hidden_states_of(model) as found:
             tokens = token_rows(model, batch, size)
         loss = torch.zeros((), device=device)
         if self._next_token or self._logits:
@@ -81,6 +82,10 @@ class Distillation:
             mean = (of_position * seen).sum() / seen.sum()
             loss = loss + self._hidden * count_targets(batch["labels"]) * mean
         return loss
+
+    def _hidden_states_of(self, model: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:
+        # Not held where nothing is made of them: those of a teacher would stay for the whole of a step.
+        return layer_outputs(model) if self._hidden else contextlib.nullcontext([])
 
     def _of_logits(self, tokens: TokenRows, taught: TokenRows) -> Tensor:
         def divergence(part: Tensor, teacher_part: Tensor, targets: Tensor) -> Tensor:
