@@ -1,0 +1,164 @@
+"""Dense weights, or the integers and scales of quantized ones, to packed tensors."""
+
+import torch
+from torch import Tensor
+
+from elsa_kernels import library
+from elsa_kernels.layout import FLOATS, VALUE_CODES, Header, Layout, Values
+from elsa_kernels.reading import check
+
+__all__ = ["choose_layout", "pack", "pack_integers", "packed_nbytes"]
+
+SCALE_CODES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+INTEGER_RANGES = {4: (-8, 7), 8: (-128, 127)}
+
+
+def pack(
+    weight: Tensor, *, values: Values | None = None, group_size: int | None = None, layout: Layout | None = None
+) -> Tensor:
+    """A dense weight with its zeros left out, as one 1-D uint8 tensor on the CPU.
+
+    :param weight: (rows, columns), bf16, fp16 or fp32; zeros of either sign are not stored
+    :param values: how kept weights are stored; None keeps the weight's dtype. "int8" and "int4" round to the nearest
+        multiple of a scale, the largest magnitude of a row's group of columns over 127 or 7, rounded to fp16 where it
+        is in that dtype's range and kept in fp32 otherwise
+    :param group_size: columns that share a scale, for integers only; None means the whole row for "int8" and 128 (or
+        the whole row, if that is shorter) for "int4"
+    :param layout: how positions are stored; None chooses what is fast on this machine
+    :raises TypeError: if weight is not 2-D of these dtypes
+    :raises ValueError: for values that are not known, a group_size with floating point, or a weight that is not finite
+        and to be rounded to integers
+    """
+    if weight.dim() != 2 or weight.dtype not in FLOATS.values() or weight.numel() == 0:
+        raise TypeError(
+            f"weight is {tuple(weight.shape)} {weight.dtype}; it must be 2-D, not empty, and {_list(FLOATS)}"
+        )
+    weight = weight.detach().cpu()
+    if values is None:
+        values = next(name for name, dtype in FLOATS.items() if dtype == weight.dtype)  # type: ignore[assignment]
+    if values in FLOATS:
+        if group_size is not None:
+            raise ValueError(f"group_size is {group_size} for values {values}; only int8 and int4 have scales")
+        return _pack(weight.to(FLOATS[values]), None, values, 0, layout)
+    if values not in VALUE_CODES:
+        raise ValueError(f"values is {values!r}; it must be one of {_list(VALUE_CODES)}")
+    columns = weight.shape[1]
+    if group_size is None:
+        group_size = min(columns, 128) if values == "int4" else columns
+    integers, scales = _round(weight, 4 if values == "int4" else 8, group_size)
+    return pack_integers(integers, scales, bits=4 if values == "int4" else 8, group_size=group_size, layout=layout)
+
+
+def pack_integers(
+    integers: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None, layout: Layout | None = None
+) -> Tensor:
+    """A quantized weight ``w = integers * scales`` with its zeros left out, every integer exactly.
+
+    :param integers: (rows, columns) int8, in [-8, 7] for 4 bits and [-128, 127] for 8
+    :param scales: (rows, groups), bf16, fp16 or fp32, stored in their dtype
+    :param bits: 4 or 8
+    :param group_size: columns that share a scale; None means columns / groups, rounded up
+    :param layout: how positions are stored; None chooses what is fast on this machine
+    :raises TypeError: if the tensors have other dtypes
+    :raises ValueError: if shapes do not fit or an integer is outside the range
+    """
+    if integers.dim() != 2 or integers.dtype != torch.int8 or integers.numel() == 0:
+        raise TypeError(f"integers is {tuple(integers.shape)} {integers.dtype}; it must be 2-D, int8 and not empty")
+    if scales.dtype not in SCALE_CODES:
+        raise TypeError(f"scales is {scales.dtype}; it must be bf16, fp16 or fp32")
+    if bits not in INTEGER_RANGES:
+        raise ValueError(f"bits is {bits}; it must be 4 or 8")
+    rows, columns = integers.shape
+    if scales.dim() != 2 or scales.shape[0] != rows or not 1 <= scales.shape[1] <= columns:
+        raise ValueError(f"scales is {tuple(scales.shape)} for integers {rows} x {columns}; it must be (rows, groups)")
+    groups = scales.shape[1]
+    group_size = -(-columns // groups) if group_size is None else group_size
+    if not 1 <= group_size <= columns or -(-columns // group_size) != groups:
+        raise ValueError(f"group_size {group_size} makes another number of groups of {columns} columns than {groups}")
+    integers = integers.detach().cpu()
+    low, high = INTEGER_RANGES[bits]
+    if int(integers.min()) < low or int(integers.max()) > high:
+        found = f"{int(integers.min())} to {int(integers.max())}"
+        raise ValueError(f"integers are {found}; {bits} bits hold {low} to {high}")
+    return _pack(integers, scales.detach().cpu(), "int4" if bits == 4 else "int8", group_size, layout)
+
+
+def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> Layout:
+    """The layout that pack chooses on this machine."""
+    return Layout.CSR
+
+
+def packed_nbytes(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> int:
+    """Bytes of the packed tensor of a weight of this shape with so many weights kept, without packing it."""
+    return _csr_header(rows, columns, kept, values, group_size, 2 if group_size else 0).nbytes
+
+
+def _pack(stored: Tensor, scales: Tensor | None, values: Values, group_size: int, layout: Layout | None) -> Tensor:
+    """``stored``: (rows, columns), what is kept where it is not zero."""
+    packed = _pack_csr(stored, scales, values, group_size)
+    check(packed)
+    return packed
+
+
+def _csr_header(rows: int, columns: int, kept: int, values: Values, group_size: int, scale_code: int) -> Header:
+    bits = {"bf16": 16, "fp16": 16, "fp32": 32, "int8": 8, "int4": 4}[values]
+    return Header(
+        rows=rows,
+        columns=columns,
+        kept=kept,
+        values=VALUE_CODES[values],
+        layout=Layout.CSR,
+        group_size=group_size,
+        scales=scale_code,
+        steps=0,
+        value_nbytes=(kept * bits + 7) // 8,
+        nbytes=0,
+    ).sized()
+
+
+def _pack_csr(stored: Tensor, scales: Tensor | None, values: Values, group_size: int) -> Tensor:
+    rows, columns = stored.shape
+    keep = stored != 0
+    kept_values = stored[keep]
+    if values == "int4":
+        codes = torch.nn.functional.pad((kept_values + 8).to(torch.uint8), (0, kept_values.numel() % 2))
+        kept_values = codes[0::2] | (codes[1::2] << 4)
+    offsets = torch.zeros(rows + 1, dtype=torch.int64)
+    torch.cumsum(keep.sum(1), 0, out=offsets[1:])
+    kept = int(offsets[-1])
+    header = _csr_header(
+        rows, columns, kept, values, group_size, SCALE_CODES[scales.dtype] if scales is not None else 0
+    )
+    positions = keep.nonzero()[:, 1]
+    # uint16 tensors lack most operations; int16 of the same bits does not.
+    positions = positions.to(torch.int32) if columns > 1 << 16 else _int16_bits(positions)
+    parts = {"offsets": offsets.to(torch.int32), "columns": positions, "values": kept_values}
+    return header.build(parts if scales is None else parts | {"scales": scales})
+
+
+def _int16_bits(positions: Tensor) -> Tensor:
+    return torch.where(positions >= 1 << 15, positions - (1 << 16), positions).to(torch.int16)
+
+
+def _round(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Integers (rows, columns) and scales (rows, groups) of a weight."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight has values that are not finite; they have no integers")
+    rows, columns = weight.shape
+    if not 1 <= group_size <= columns:
+        raise ValueError(f"group_size is {group_size}; it must be 1 to {columns}, the columns")
+    groups = -(-columns // group_size)
+    largest = INTEGER_RANGES[bits][1]
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns)).view(rows, groups, group_size)
+    scales = padded.abs().amax(-1) / largest
+    positive = scales[scales > 0]
+    fp16 = torch.finfo(torch.float16)
+    if not positive.numel() or (positive.min() >= fp16.smallest_normal and positive.max() <= fp16.max):
+        scales = scales.half()
+    divisors = torch.where(scales > 0, scales, 1).float()
+    integers = (padded / divisors[..., None]).round().clamp(-largest, largest).to(torch.int8)
+    return integers.view(rows, -1)[:, :columns].contiguous(), scales
+
+
+def _list(names: object) -> str:
+    return ", ".join(names)  # type: ignore[call-overload]
