@@ -2,10 +2,12 @@
 
 Each measurement is a row of benchmarks/results/compare_methods.jsonl, and one that is there is not made again. Methods
 that train with a learning rate of their own are run with three, each twice the last, and the best counts; ELSA has its
-defaults. With several seeds the learning rate is chosen with the first.
+defaults. With several seeds the learning rate is chosen with the first. ``--steps`` makes every run, and with it the
+text, longer.
 """
 
 import argparse
+import dataclasses
 import math
 from typing import Any
 
@@ -51,7 +53,7 @@ class Comparison:
     def _row(self, name: str, setting: Setting, method: Method) -> dict[str, Any]:
         seed = setting.seed if method.seeded else 0
         what: dict[str, Any] = {"model": self.model.name, "method": name, "sparsity": setting.sparsity}
-        what |= {"lr": setting.lr, "seed": seed}
+        what |= {"lr": setting.lr, "seed": seed, "steps": self.model.steps}
         if _key(what) not in self._done:
             pattern = {"sparsity": setting.fraction, "mask_structure": setting.structure}
             modifier = method.make(setting)
@@ -63,7 +65,8 @@ class Comparison:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[column] for column in ("model", "method", "sparsity", "lr", "seed"))
+    steps = row.get("steps", MODELS[row["model"]].steps)
+    return *(row[column] for column in ("model", "method", "sparsity", "lr", "seed")), steps
 
 
 def _sparsity(text: str) -> float | str:
@@ -77,17 +80,19 @@ def main() -> None:
         "--sparsities", type=_sparsity, nargs="+", default=[0.5, 0.7, 0.8, 0.9, "2:4"], help="fractions, or N:M"
     )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--steps", type=int, nargs="+", help="lengths of the runs, instead of the model's own")
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of the three that are tried")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--again", action="store_true", help="measure also what is measured already")
     parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
     arguments = parser.parse_args()
     for name in [] if arguments.page else arguments.models:
-        comparison = Comparison(MODELS[name], again=arguments.again)
-        comparison.dense()
-        for sparsity in arguments.sparsities:
-            for method in arguments.methods:
-                comparison.run(method, sparsity, lrs=arguments.lrs, seeds=arguments.seeds)
+        for steps in arguments.steps or [MODELS[name].steps]:
+            comparison = Comparison(dataclasses.replace(MODELS[name], steps=steps), again=arguments.again)
+            comparison.dense()
+            for sparsity in arguments.sparsities:
+                for method in arguments.methods:
+                    comparison.run(method, sparsity, lrs=arguments.lrs, seeds=arguments.seeds)
     write_page(read_rows(NAME))
 
 

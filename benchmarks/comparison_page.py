@@ -11,7 +11,7 @@ from benchmarks.models import MODELS, BenchmarkModel
 __all__ = ["best_rows", "write_page"]
 
 Row = dict[str, Any]
-_COLUMNS = ("model", "method", "sparsity", "lr", "seed", "minutes", "zeros")
+_COLUMNS = ("model", "method", "sparsity", "lr", "seed", "steps", "minutes", "zeros")
 # The graph ends at so many times the dense model's perplexity: magnitude pruning goes to tens of millions.
 _HIGHEST = 300
 
@@ -41,7 +41,9 @@ def write_page(rows: list[Row]) -> None:
     ]
     models = [model for model in MODELS.values() if any(row["model"] == model.name for row in rows)]
     for model in models:
-        lines += _tables(model, [row for row in rows if row["model"] == model.name])
+        own = [row for row in rows if row["model"] == model.name]
+        lines += _tables(model, [row for row in own if _steps(row) == model.steps])
+        lines += _lengths(model, own)
     publish("compare_methods", lines)
     _draw(models, rows)
 
@@ -74,6 +76,29 @@ def _tables(model: BenchmarkModel, rows: list[Row]) -> list[str]:
     if tuned:
         lines += ["", "| method | sparsity | learning rate: perplexity |", "|---|---|---|", *tuned]
     return lines
+
+
+def _lengths(model: BenchmarkModel, rows: list[Row]) -> list[str]:
+    """Perplexity against the tokens of a run, for the sparsities that there are runs of other lengths at."""
+    lines = []
+    longer = {row["sparsity"] for row in rows if _steps(row) != model.steps} - {0.0}
+    for sparsity in sorted(longer, key=lambda s: (isinstance(s, str), s)):
+        here = [row for row in rows if row["sparsity"] == sparsity]
+        lengths = sorted({_steps(row) for row in here})
+        tokens = [f"{steps * model.batch_size * model.sequence_length:,}" for steps in lengths]
+        lines += ["", f"{model.title}, {_percent(sparsity)}, by the tokens of a run:", ""]
+        lines += ["| method | " + " | ".join(tokens) + " |", "|---" * (len(lengths) + 1) + "|"]
+        for method in METHODS:
+            of_method = [[r for r in here if r["method"] == method and _steps(r) == steps] for steps in lengths]
+            # A method of one length only has no place in a table of lengths.
+            if sum(map(bool, of_method)) > 1:
+                lines.append(f"| {method} | " + " | ".join(_cell(own) if own else "" for own in of_method) + " |")
+    return lines
+
+
+def _steps(row: Row) -> int:
+    steps: int = row.get("steps", MODELS[row["model"]].steps)
+    return steps
 
 
 def _cell(rows: list[Row]) -> str:
@@ -127,7 +152,7 @@ def _draw(models: list[BenchmarkModel], rows: list[Row]) -> None:
         1, len(models), figsize=(5 * len(models), 4.5), layout="constrained", squeeze=False
     )
     for axes, model in zip(panels[0], models, strict=True):
-        own = [row for row in rows if row["model"] == model.name]
+        own = [row for row in rows if row["model"] == model.name and _steps(row) == model.steps]
         dense = [row for row in own if row["method"] == "dense"][-1]
         title = _titles(dense)[0]
         for number, name in enumerate(METHODS):

@@ -48,6 +48,12 @@ def test_what_is_there_is_not_measured_again_unless_asked(measured):
         assert len(measured) == times
 
 
+def test_a_longer_run_is_another_measurement(measured):
+    for steps in (MODEL.steps, 2 * MODEL.steps, 2 * MODEL.steps):
+        Comparison(dataclasses.replace(MODEL, steps=steps)).run("ELSA", 0.8, lrs=None, seeds=[0])
+    assert [name for name, _, _ in measured] == ["ELSAModifier"] * 2
+
+
 def test_a_method_without_structures_is_left_out_of_them(measured):
     comparison = Comparison(MODEL)
     comparison.run("gradual Fisher", "2:4", lrs=None, seeds=[0])
@@ -88,6 +94,18 @@ def _row(lr, seed, perplexity):
 def test_the_best_rate_is_that_of_the_first_seed_and_the_last_row_counts():
     rows = [_row(1e-3, 0, 50.0), _row(2e-3, 0, 40.0), _row(2e-3, 1, 60.0), _row(1e-3, 0, 45.0)]
     assert best_rows(rows) == [rows[1], rows[2]]
+
+
+def test_runs_of_other_lengths_have_a_table_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison_page, "ROOT", tmp_path)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    pages = {}
+    monkeypatch.setattr(comparison_page, "publish", lambda name, lines: pages.update({name: "\n".join(lines)}))
+    dense = _row(None, 0, 20.0) | {"method": "dense", "sparsity": 0.0}
+    comparison_page.write_page([dense, _row(1e-3, 0, 50.0), _row(1e-3, 0, 30.0) | {"steps": 256}])
+    page = pages["compare_methods"]
+    assert "| method | 80% |\n|---|---|\n| gradual Fisher | 50.0 (1.0) |" in page
+    assert "| method | 65,536 | 262,144 |\n|---|---|---|\n| gradual Fisher | 50.0 (1.0) | 30.0 (1.0) |" in page
 
 
 def test_the_page_says_when_the_best_rate_is_the_last_that_was_tried(monkeypatch, tmp_path):
