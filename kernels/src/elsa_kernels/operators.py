@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from elsa_kernels import fallback
+from elsa_kernels.gpu_linear import gpu_linear
 from elsa_kernels.layout import read_header
 
 __all__ = ["linear"]
@@ -41,4 +42,5 @@ def _linear_fake(x: Tensor, packed: Tensor, rows: int) -> Tensor:
 
 
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("linear", gpu_linear, "CUDA")
 torch.library.register_fake("elsa_kernels::linear", _linear_fake, lib=_LIBRARY)
