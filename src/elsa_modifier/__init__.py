@@ -14,10 +14,12 @@ from elsa_modifier.sparsity_files import sparsity_mapping
 from elsa_modifier.training.conversations import teach_chat_templates
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
+from elsa_sparse.transformers_quantizer import ElsaSparseConfig
 
 __all__ = [
     "Budget",
     "ELSAModifier",
+    "ElsaSparseConfig",
     "MaskedGPTQModifier",
     "Penalty",
     "SparseCheckpointError",

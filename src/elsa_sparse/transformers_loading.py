@@ -25,11 +25,19 @@ _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 
 
-def load_sparse(directory: str | Path, **kwargs: Any) -> "PreTrainedModel":
+def load_sparse(
+    directory: str | Path, *, compressed: bool = False, int8_head: bool = False, **kwargs: Any
+) -> "PreTrainedModel":
     """The transformers model of a sparse checkpoint, equal in every value to what was packed.
 
+    :param compressed: keep sparse weights compressed in memory, for inference on a CPU; short for a
+        ``quantization_config`` of :class:`~elsa_sparse.transformers_quantizer.ElsaSparseConfig`, which has more choices
+    :param int8_head: with ``compressed``, hold the output head in 8-bit integers, and an embedding that is tied to it:
+        smaller, faster for a few sequences at a time, and no longer equal
     :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``
     :raises SparseCheckpointError: if the directory is not a sparse checkpoint, or not what it should be
+    :raises ImportError: if ``compressed`` is set and elsa-kernels is not installed
+    :raises ValueError: if arguments contradict each other
     """
     import transformers
 
@@ -37,6 +45,14 @@ def load_sparse(directory: str | Path, **kwargs: Any) -> "PreTrainedModel":
     if not is_sparse(config):
         raise SparseCheckpointError("is not a sparse checkpoint; load it with from_pretrained", file=directory)
     teach_from_pretrained()
+    if compressed:
+        from elsa_sparse.transformers_quantizer import ElsaSparseConfig
+
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("compressed is set, and quantization_config too; give all settings in the latter")
+        kwargs["quantization_config"] = ElsaSparseConfig(int8_head=int8_head)
+    elif int8_head:
+        raise ValueError("int8_head is set without compressed; set both")
     model_class: Any = getattr(transformers, architecture_of(config) or "", None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         # Models whose code comes with the checkpoint are not in transformers.

@@ -1,0 +1,150 @@
+"""A linear layer whose weight stays compressed in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels, packed_size
+
+__all__ = ["SparseLinear", "check_device", "pack_weight"]
+
+
+class SparseLinear(nn.Module):
+    """``torch.nn.Linear`` for inference on a CPU, with its weight in one compressed buffer.
+
+    The state dict has ``packed``, and ``bias`` if there is one. Loading one takes ``packed`` of any length that is a
+    packed weight of the same shape, and a dense ``weight``, which is packed. ``to(dtype)`` converts the bias; the
+    weight keeps its values, and products are in the dtype of the input.
+
+    :param packed: what ``elsa_kernels.pack`` returned, 1-D uint8
+    :param bias: (rows,), floating point, or None
+    :raises ImportError: if ``elsa_kernels`` is not installed
+    :raises ValueError: if ``packed`` is no packed weight
+    """
+
+    packed: Tensor
+
+    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        info = kernels().describe(packed)
+        self.out_features: int = info.rows
+        self.in_features: int = info.columns
+        self.values: str = info.values
+        self.register_buffer("packed", packed)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``.
+
+        :param x: (..., columns), bf16, fp16 or fp32
+        :return: (..., rows), of the dtype of ``x``
+        :raises RuntimeError: if a gradient of ``x`` is wanted
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a SparseLinear has no gradients: it is for inference; call the model under torch.no_grad(), or load "
+                "it without compressed to train it"
+            )
+        y: Tensor = torch.ops.elsa_kernels.linear(x, self.packed, self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, (rows, columns), newly made.
+
+        :param dtype: None for that of the kept values; fp32 for integers
+        """
+        weight: Tensor = kernels().unpack(self.packed, dtype)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew by every access: for looking at it. Changing it changes nothing."""
+        return self.unpack()
+
+    def extra_repr(self) -> str:
+        info = kernels().describe(self.packed)
+        sparsity = 1 - info.kept / (info.rows * info.columns)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"values={self.values}, sparsity={sparsity:.3f}, nbytes={info.nbytes}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}packed"
+        try:
+            if key not in state_dict and f"{prefix}weight" in state_dict:
+                state_dict[key] = kernels().pack(state_dict.pop(f"{prefix}weight").detach().cpu())
+            if key in state_dict:
+                kernels().check(state_dict[key])
+                info = kernels().describe(state_dict[key])
+                shape = (info.rows, info.columns)
+                if shape != (self.out_features, self.in_features):
+                    raise ValueError(f"it is {shape}, this layer's is {(self.out_features, self.in_features)}")
+                self.packed = torch.empty_like(state_dict[key])
+                self.values = info.values
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{key} cannot be loaded: {error}")
+            state_dict[key] = self.packed
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+        check_device(fn, "SparseLinear")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def check_device(fn: Callable[[Tensor], Tensor], name: str) -> None:
+    """Refuse what :meth:`torch.nn.Module.to` would do if it leads away from the CPU.
+
+    :param fn: what is applied to every tensor of the module
+    :param name: of the module's class, for the message
+    :raises NotImplementedError: if it moves them to a device without kernels
+    """
+    device = fn(torch.empty(0, dtype=torch.uint8)).device
+    if device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"a {name} cannot be moved to {device}: its kernels are for CPUs; load the model without compressed"
+        )
+
+
+def pack_weight(
+    weight: Tensor,
+    *,
+    values: str | None = None,
+    group_size: int | None = None,
+    min_sparsity: float = DEFAULT_MIN_SPARSITY,
+) -> Tensor | None:
+    """A weight as ``elsa_kernels`` packs it, if that pays, see :func:`~elsa_sparse.compression_rule.packed_size`.
+
+    :param weight: (rows, columns), on the CPU
+    :param values: ``"int8"`` or ``"int4"`` rounds kept weights to integers with a scale a group; None keeps them equal
+    :param group_size: columns that share a scale, of integers; None for what ``elsa_kernels.pack`` takes by itself
+    :return: 1-D uint8, or None if the weight should stay dense
+    """
+    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
+        # A bf16 checkpoint that was read as fp32: half of each value is zeros.
+        packed_dtype = torch.bfloat16
+    else:
+        packed_dtype = weight.dtype
+    rows, columns = weight.shape
+    kept = int(torch.count_nonzero(weight))
+    size = packed_size(
+        rows, columns, kept, packed_dtype, values=values, group_size=group_size, min_sparsity=min_sparsity
+    )
+    if size is None:
+        return None
+    packed: Tensor = kernels().pack(weight.to(packed_dtype), values=values, group_size=group_size)
+    return packed
