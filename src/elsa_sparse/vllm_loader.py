@@ -1,47 +1,84 @@
-"""vLLM serves sparse checkpoints: a model loader that rebuilds dense weights while it streams the shards.
+"""vLLM serves sparse checkpoints: a model loader that rebuilds dense tensors while it streams the shards.
 
 Every rank of a tensor-parallel server reads and rebuilds whole tensors, and vLLM's own weight loaders cut out their
-part, as they do for a dense checkpoint. Weights are dense in memory: what is saved is disk and download.
+part, as they do for a dense checkpoint. Where :mod:`elsa_sparse.vllm_compressed` says that it can be done, linear
+layers are compressed again as soon as they are complete, and stay so; elsewhere what is saved is disk and download.
 """
 
 import dataclasses
-import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, SparseCheckpoint
 from elsa_sparse.errors import SparseCheckpointError
+from elsa_sparse.vllm_compressed import dense_reason, version_problem, with_compression
+from elsa_sparse.vllm_packing import Savings
 
-__all__ = ["LOAD_FORMAT", "SparseModelLoader", "register"]
+__all__ = ["LOAD_FORMAT", "SWITCH", "SparseModelLoader", "register"]
 
 LOAD_FORMAT = "elsa-sparse"
+SWITCH = "compressed"
+"""Key of ``--model-loader-extra-config``: false keeps weights dense in memory."""
+
+# Only vLLM's own loggers are set up to print.
+logger = init_logger("vllm.elsa_sparse")
 
 
 class SparseModelLoader(DefaultModelLoader):
     """vLLM's default loader, but for sparse checkpoints, which it recognises by their ``config.json``.
 
     :param load_config: with load format ``elsa-sparse`` the checkpoint has to be sparse; with ``auto`` it may be
+    :raises ValueError: if the switch in its extra configuration is neither true nor false
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
         self._only_sparse = load_config.load_format == LOAD_FORMAT
+        extra = load_config.model_loader_extra_config
+        self._compressed = extra.get(SWITCH, True) if isinstance(extra, dict) else True
+        if not isinstance(self._compressed, bool):
+            raise ValueError(
+                f"--model-loader-extra-config: {SWITCH} is {self._compressed!r}; allowed are true (pruned weights stay "
+                "compressed in memory where that can be done) and false (dense)"
+            )
+        self._savings: Savings | None = None
+        changed: dict[str, Any] = {}
         if self._only_sparse:
-            load_config = dataclasses.replace(load_config, load_format="auto")
-        super().__init__(load_config)
+            changed["load_format"] = "auto"
+        if isinstance(extra, dict) and SWITCH in extra:
+            changed["model_loader_extra_config"] = {key: value for key, value in extra.items() if key != SWITCH}
+        super().__init__(dataclasses.replace(load_config, **changed) if changed else load_config)
+
+    def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        config = _config_file(model_config.model, model_config.revision)
+        if CONFIG_KEY in config and self._compressed:
+            if reason := dense_reason(vllm_config):
+                level, text = reason
+                logger.log(level, "Serving the sparse checkpoint %s dense: %s", model_config.model, text)
+            elif changed := with_compression(vllm_config, config[CONFIG_KEY]):
+                vllm_config, self._savings = changed
+        model: nn.Module = super().create_model(vllm_config, model_config, prefix)
+        return model
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        if self._savings is not None:
+            logger.info("%s", self._savings)
+        return model
 
     def _get_weights_iterator(self, source: Any) -> Generator[tuple[str, Tensor], None, None]:
         model = source.model_or_path
-        folder = Path(source.subfolder or "")
-        config = get_hf_file_to_dict(str(folder / CONFIG_FILE), model, source.revision) or {}
+        config = _config_file(model, source.revision, source.subfolder)
         if CONFIG_KEY in config:
             return self._rebuilt(source, config)
         if self._only_sparse:
@@ -73,8 +110,16 @@ class SparseModelLoader(DefaultModelLoader):
                 yield source.prefix + name, tensor
 
 
+def _config_file(model: str, revision: str | None, subfolder: str | None = None) -> dict[str, Any]:
+    return get_hf_file_to_dict(str(Path(subfolder or "") / CONFIG_FILE), model, revision) or {}
+
+
 def register() -> None:
     """Entry point of ``vllm.general_plugins``, called in every process of a server."""
+    if version_problem() is None:
+        from elsa_sparse import vllm_method
+
+        vllm_method.register()
     register_model_loader(LOAD_FORMAT)(SparseModelLoader)
     # It does what vLLM's own loader does with every other checkpoint, so vLLM's warning that it takes its place is not
     # for the user to act on.
@@ -84,10 +129,10 @@ def register() -> None:
 
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    quiet = getLogger(name)
+    level = quiet.level
+    quiet.setLevel(ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        quiet.setLevel(level)

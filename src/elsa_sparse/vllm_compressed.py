@@ -1,0 +1,69 @@
+"""Whether a vLLM server keeps a sparse checkpoint compressed in memory, and how a model is made to."""
+
+import copy
+import hashlib
+import json
+import logging
+from typing import Any
+
+import vllm
+from vllm.platforms import current_platform
+
+from elsa_sparse.vllm_packing import Savings, kernels_identity, kernels_problem
+
+__all__ = ["VERSIONS", "dense_reason", "version_problem", "with_compression"]
+
+VERSIONS = "0.32."
+"""Releases of vLLM that :mod:`elsa_sparse.vllm_internals` has been tried with begin with this."""
+
+
+def version_problem() -> str | None:
+    """Why this vLLM serves sparse checkpoints dense only; None if it need not."""
+    if not vllm.__version__.startswith(VERSIONS):
+        return f"this is vLLM {vllm.__version__}; compressed serving has been tried with {VERSIONS}x"
+    try:
+        import elsa_sparse.vllm_internals  # noqa: F401
+    except ImportError as error:
+        return f"this vLLM {vllm.__version__} is built otherwise than compressed serving expects: {error}"
+    return None
+
+
+def dense_reason(vllm_config: Any) -> tuple[int, str] | None:
+    """Why a sparse checkpoint is served dense, with the level to log it at; None if it is to stay compressed."""
+    if problem := version_problem():
+        return logging.WARNING, problem
+    if not current_platform.is_cpu():
+        return logging.INFO, "weights stay compressed in memory on CPUs only"
+    if problem := kernels_problem():
+        return logging.WARNING, problem
+    if not isinstance(vllm_config.additional_config, dict):
+        return logging.WARNING, "additional_config is not a dictionary"
+    return None
+
+
+def with_compression(vllm_config: Any, table: Any) -> tuple[Any, Savings] | None:
+    """A copy of vLLM's configuration with which a model's linear layers come out compressed, and what they will save.
+
+    None if the layers are quantized in a way that leaves nothing to compress.
+
+    :param table: what ``config.json`` says of the sparse checkpoint, which stands for all its weights
+    """
+    from elsa_sparse.vllm_integers import SparseCompressedTensorsConfig
+    from elsa_sparse.vllm_internals import CompressedTensorsConfig
+    from elsa_sparse.vllm_method import SparseConfig
+
+    quant_config = vllm_config.quant_config
+    if quant_config is None:
+        quant_config = SparseConfig()
+    elif type(quant_config) is CompressedTensorsConfig:
+        quant_config = copy.copy(quant_config)
+        quant_config.__class__ = SparseCompressedTensorsConfig
+        quant_config.savings = Savings()
+    elif not isinstance(quant_config, SparseConfig):
+        return None
+    config = copy.copy(vllm_config)
+    config.quant_config = quant_config
+    identity = json.dumps([table, kernels_identity()], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    config.additional_config = vllm_config.additional_config | {"elsa_sparse": digest}
+    return config, quant_config.savings
