@@ -24,7 +24,7 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: total, layers and tensors.")] = False,
 ) -> None:
-    """List a checkpoint's sparsity and size, layer by layer. Dense checkpoints too."""
+    """List a checkpoint's sparsity and size, on disk and in memory, layer by layer. Dense checkpoints too."""
     with errors_in_words():
         rows = inspect_checkpoint(directory, verify=verify)
         layers, total = by_layer(rows), summarize("total", rows)
@@ -32,10 +32,13 @@ def inspect(
         document = {"total": _as_json(total), "layers": [*map(_as_json, layers)], "tensors": [*map(_as_json, rows)]}
         print(json.dumps(document, indent=1))
         return
-    table = Table(title=plain(directory), caption="sparsity: of matrices. ratio: dense bytes for each that is stored.")
+    caption = "sparsity: of matrices. ratio: dense bytes for each that is stored."
+    caption += " memory: of weights loaded with compressed=True"
+    caption += "." if total.memory_bytes is not None else ", known where elsa-kernels is installed."
+    table = Table(title=plain(directory), caption=caption)
     table.add_column("tensor" if tensors else "layer", overflow="fold", ratio=1)
     table.add_column("stored as")
-    for column in ("sparsity", "dense MB", "stored MB", "ratio"):
+    for column in ("sparsity", "dense MB", "stored MB", "ratio", "memory MB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows if tensors else layers:
         table.add_row(*_cells(row))
@@ -52,6 +55,7 @@ def _cells(row: Row) -> list[str | Text]:
         megabytes(row.dense_bytes),
         megabytes(row.stored_bytes),
         "" if row.ratio is None else f"{row.ratio:.2f}",
+        "" if row.memory_bytes is None else megabytes(row.memory_bytes),
     ]
 
 

@@ -1,4 +1,7 @@
-"""What a checkpoint holds: sparsity and bytes of every tensor, layer, and in all. Dense checkpoints are counted too."""
+"""What a checkpoint holds: sparsity and bytes of every tensor, layer, and in all. Dense checkpoints are counted too.
+
+Bytes on disk, dense, and in memory of a model whose sparse weights stay compressed: by arithmetic, nothing is packed.
+"""
 
 import math
 import re
@@ -10,11 +13,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elsa_sparse.checkpoint import CONFIG_FILE, Shards, read_json
+from elsa_sparse.compression_rule import packed_size
 from elsa_sparse.entry import TensorEntry, sparsity_of
 from elsa_sparse.opening import is_sparse, open_checkpoint
+from elsa_sparse.symbols import DTYPES
 from elsa_sparse.writing import dense_files
 
-__all__ = ["Row", "by_layer", "inspect", "summarize"]
+__all__ = ["Row", "by_layer", "inspect", "memory_bytes", "summarize"]
+
+# transformers holds the experts of a layer in one parameter, which stays dense.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,8 @@ class Row:
     :param sparsity: fraction of zeros, of either sign, among the entries of its matrices; 0 without one
     :param weights: entries of its matrices: tensors of two and more dimensions
     :param encodings: how the tensors are stored
+    :param memory_bytes: that they take with ``load_sparse(..., compressed=True)`` on this machine; None where nothing
+        can say, elsa-kernels not being installed
     """
 
     name: str
@@ -32,6 +42,7 @@ class Row:
     sparsity: float
     dense_bytes: int
     stored_bytes: int
+    memory_bytes: int | None
 
     @property
     def ratio(self) -> float | None:
@@ -44,12 +55,14 @@ def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> 
 
     :raises SparseCheckpointError: if the directory is not a checkpoint, or not what it should be
     """
-    if is_sparse(read_json(directory / CONFIG_FILE)):
+    config = read_json(directory / CONFIG_FILE)
+    tied = bool(config.get("tie_word_embeddings", False))
+    if is_sparse(config):
         with open_checkpoint(directory) as checkpoint:
             if verify:
                 for _ in tqdm(checkpoint, total=len(checkpoint.entries), desc="verify", disable=not progress):
                     pass
-            return [_row(entry, checkpoint.stored_bytes(name)) for name, entry in checkpoint.entries.items()]
+            return [_row(entry, checkpoint.stored_bytes(name), tied) for name, entry in checkpoint.entries.items()]
     rows = []
     with closing(Shards(directory, dense_files(directory))) as shards:
         for name in tqdm(shards.file_of, desc="read", unit="tensor", disable=not progress):
@@ -61,11 +74,29 @@ def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> 
                 shape=tuple(tensor.shape),
                 sparsity=sparsity_of(tensor),
             )
-            rows.append(_row(entry, entry.dense_bytes))
+            rows.append(_row(entry, entry.dense_bytes, tied))
     return rows
 
 
-def _row(entry: TensorEntry, stored_bytes: int) -> Row:
+def memory_bytes(entry: TensorEntry, tied: bool) -> int | None:
+    """Bytes that a tensor takes in memory, compressed if it would be, or None without elsa-kernels.
+
+    Which tensors are weights of linear layers is told by their names and shapes.
+
+    :param tied: whether the model's head is its embedding
+    """
+    is_linear = len(entry.shape) == 2 and entry.name.endswith(".weight") and not _EXPERT.search(entry.name)
+    if not is_linear or (tied and entry.name.endswith("lm_head.weight")):
+        return entry.dense_bytes
+    rows, columns = entry.shape
+    kept = round((1 - entry.sparsity) * rows * columns)
+    try:
+        return packed_size(rows, columns, kept, DTYPES[entry.dtype]) or entry.dense_bytes
+    except ImportError:
+        return None
+
+
+def _row(entry: TensorEntry, stored_bytes: int, tied: bool) -> Row:
     is_matrix = len(entry.shape) > 1
     return Row(
         name=entry.name,
@@ -74,6 +105,7 @@ def _row(entry: TensorEntry, stored_bytes: int) -> Row:
         sparsity=entry.sparsity if is_matrix else 0.0,
         dense_bytes=entry.dense_bytes,
         stored_bytes=stored_bytes,
+        memory_bytes=memory_bytes(entry, tied),
     )
 
 
@@ -81,6 +113,7 @@ def summarize(name: str, rows: Iterable[Row]) -> Row:
     """Several rows as one."""
     rows = list(rows)
     weights = sum(row.weights for row in rows)
+    in_memory = [row.memory_bytes for row in rows if row.memory_bytes is not None]
     return Row(
         name=name,
         encodings=tuple(sorted({encoding for row in rows for encoding in row.encodings})),
@@ -88,6 +121,7 @@ def summarize(name: str, rows: Iterable[Row]) -> Row:
         sparsity=sum(row.sparsity * row.weights for row in rows) / max(1, weights),
         dense_bytes=sum(row.dense_bytes for row in rows),
         stored_bytes=sum(row.stored_bytes for row in rows),
+        memory_bytes=sum(in_memory) if len(in_memory) == len(rows) else None,
     )
 
 

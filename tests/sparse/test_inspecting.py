@@ -1,19 +1,22 @@
 """What is said of a checkpoint, by hand-made rows and by tensors that are counted here."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from elsa_sparse import load_sparse
 from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.entry import TensorEntry, sparsity_of
-from elsa_sparse.inspecting import Row, by_layer, inspect, summarize
+from elsa_sparse.inspecting import Row, by_layer, inspect, memory_bytes, summarize
 from elsa_sparse.model_card import model_card
 from tests.cli.test_commands import run
 
 
-def row(name, weights=0, sparsity=0.0, dense=8, stored=4, encoding="coded"):
+def row(name, weights=0, sparsity=0.0, dense=8, stored=4, encoding="coded", memory=6):
     return Row(
         name=name,
         encodings=(encoding,),
@@ -21,6 +24,7 @@ def row(name, weights=0, sparsity=0.0, dense=8, stored=4, encoding="coded"):
         sparsity=sparsity,
         dense_bytes=dense,
         stored_bytes=stored,
+        memory_bytes=memory,
     )
 
 
@@ -43,6 +47,44 @@ def test_every_row_of_a_dense_and_a_sparse_checkpoint(pruned, sparse):
     assert len(pruned_rows) == 15 and all(r.encodings == ("coded",) and r.ratio > 2 for r in pruned_rows)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "mixtral"])
+def test_memory_is_that_of_the_loaded_model(name, pruned, sparse):
+    """By arithmetic, of a sparse checkpoint and a dense one."""
+    directory = sparse(name)
+    model = load_sparse(directory, compressed=True)
+    not_saved = sum(b.nbytes for n, b in model.named_buffers() if n not in model.state_dict())
+    takes = model.get_memory_footprint() - not_saved
+    for where in (directory, pruned(name)):
+        stated = summarize("total", inspect(where, progress=False)).memory_bytes
+        # Some layouts' sizes are estimates.
+        assert stated == pytest.approx(takes, rel=0.03)
+        assert stated < summarize("total", inspect(where, progress=False)).dense_bytes
+
+
+def test_memory_of_what_stays_dense(pruned):
+    sparse_head = replace(entry((512, 512), 0.9), name="lm_head.weight")
+    assert memory_bytes(sparse_head, tied=False) < memory_bytes(sparse_head, tied=True) == 2 * 512 * 512
+    for name, shape, sparsity, dtype in (
+        ("a.weight", (512, 512), 0.3, "bfloat16"),
+        ("a.weight", (8, 512, 512), 0.9, "bfloat16"),
+        ("a.weight", (512,), 0.9, "bfloat16"),
+        ("a.weight", (512, 512), 0.9, "float64"),
+        ("a.bias", (512, 512), 0.9, "bfloat16"),
+        ("m.experts.3.w1.weight", (512, 512), 0.9, "bfloat16"),
+    ):
+        dense = replace(entry(shape, sparsity, dtype), name=name)
+        assert memory_bytes(dense, tied=False) == dense.dense_bytes
+
+
+def test_without_the_kernels_memory_is_not_known(pruned, monkeypatch):
+    monkeypatch.setitem(sys.modules, "elsa_kernels", None)
+    total = summarize("total", inspect(pruned(), progress=False))
+    assert total.memory_bytes is None
+    shown = run("inspect", pruned()).stdout
+    assert "known where elsa-kernels is installed" in " ".join(shown.split())
+    assert json.loads(run("inspect", pruned(), "--json").stdout)["total"]["memory_bytes"] is None
+
+
 def test_rows_add_up():
     rows = [
         row("a", weights=100, sparsity=0.5, dense=200, stored=50),
@@ -52,7 +94,8 @@ def test_rows_add_up():
     total = summarize("all", iter(rows))
     assert (total.name, total.encodings) == ("all", ("bitmask", "coded", "dense"))
     assert (total.weights, total.dense_bytes, total.stored_bytes) == (400, 840, 240)
-    assert total.sparsity == pytest.approx(0.8) and total.ratio == pytest.approx(3.5)
+    assert total.sparsity == pytest.approx(0.8) and total.ratio == pytest.approx(3.5) and total.memory_bytes == 18
+    assert summarize("one is not known", [*rows, row("d", memory=None)]).memory_bytes is None
     nothing = summarize("nothing", [])
     assert (nothing.weights, nothing.sparsity, nothing.ratio, nothing.encodings) == (0, 0, None, ())
     assert row("d", dense=7, stored=0).ratio is None
@@ -112,6 +155,7 @@ def test_the_table_names_its_columns_and_rows(pruned):
         "dense MB",
         "stored MB",
         "ratio",
+        "memory MB",
     ]
     total = summarize("total", inspect(pruned(), progress=False))
     megabytes = f"{total.dense_bytes / 1e6:,.2f}"
@@ -123,6 +167,7 @@ def test_the_table_names_its_columns_and_rows(pruned):
         megabytes,
         megabytes,
         "1.00",
+        f"{total.memory_bytes / 1e6:,.2f}",
     ]
     assert len(cells) == 1 + len(by_layer(inspect(pruned(), progress=False)))
     assert "tensor" in run("inspect", pruned(), "--tensors").stdout
