@@ -4,14 +4,11 @@ Not yet run on a GPU: kernels were checked under Triton's interpreter, and the n
 guesses.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from torch.nn.functional import linear, pad
 
 __all__ = ["FEW_TOKENS", "gpu_dense", "gpu_linear"]
 
@@ -48,13 +45,13 @@ def gpu_linear(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     y = x.new_empty((*x.shape[:-1], rows))
     if tokens:
         padded = 1 << (tokens - 1).bit_length()
-        by_column = x.new_zeros(columns, padded)
-        by_column[:, :tokens] = x.reshape(tokens, columns).t()
+        flat = x.reshape(tokens, columns)
+        if padded > tokens:
+            flat = pad(flat, (0, 0, 0, padded - tokens))
+        # Fewer pairs at a time where each has more sums: they are kept in registers.
         pairs = _pairs(packed, rows, 64 if padded > 2 else 128)
-        _kernels().linear_kernel[(-(-rows // ROWS),)](
-            by_column, packed.view(torch.int32), y, rows, columns, tokens,
-            ROWS=ROWS, PAIRS=pairs, TOKENS=padded, num_warps=pairs // 32,
-        )  # fmt: skip
+        arguments = flat.t().contiguous(), packed.view(torch.int32), y, rows, columns, tokens
+        _launch("linear_kernel", arguments, rows, pairs, TOKENS=padded)
     return y
 
 
@@ -66,10 +63,7 @@ def gpu_dense(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Te
     """
     _check(packed, rows, columns)
     dense = torch.zeros(rows, columns, dtype=dtype, device=packed.device)
-    pairs = _pairs(packed, rows, 128)
-    _kernels().dense_kernel[(-(-rows // ROWS),)](
-        packed.view(torch.int32), dense, rows, columns, ROWS=ROWS, PAIRS=pairs, num_warps=pairs // 32
-    )
+    _launch("dense_kernel", (packed.view(torch.int32), dense, rows, columns), rows, _pairs(packed, rows, 128))
     return dense
 
 
@@ -86,9 +80,12 @@ def _check(packed: Tensor, rows: int, columns: int) -> None:
         raise ValueError(f"packed has {packed.numel()} bytes, which no weight of {rows} rows and {columns} columns has")
 
 
-def _kernels() -> "ModuleType":
+def _launch(name: str, arguments: tuple[Any, ...], rows: int, pairs: int, **sizes: int) -> None:
     try:
         from elsa_kernels import triton_gaps
     except ImportError as missing:
         raise ImportError("elsa_kernels computes on GPUs through triton: pip install triton") from missing
-    return triton_gaps
+    kernel = getattr(triton_gaps, name)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(-(-rows // ROWS),)](*arguments, ROWS=ROWS, PAIRS=pairs, num_warps=pairs // 32, **sizes)

@@ -161,5 +161,5 @@ def dense_kernel(words, dense, rows, columns, ROWS: tl.constexpr, PAIRS: tl.cons
         _scatter_rows(words, dense, row, readable, columns, ROWS, PAIRS, FP16)
     else:
         _scatter_rows(words, dense, row, readable, columns, ROWS, PAIRS, INT8)
-    nan = tl.full([ROWS], float("nan"), dense.dtype.element_ty)
-    tl.store(dense + row.to(tl.int64) * columns, nan, mask=(row < rows) & (row >= readable))
+    nan = tl.full([ROWS], float("nan"), tl.float32)
+    tl.store(dense + row.to(tl.int64) * columns, nan.to(dense.dtype.element_ty), mask=(row < rows) & (row >= readable))
