@@ -4,10 +4,8 @@ import elsa_kernels
 import pytest
 import torch
 
-from tests.kernels.weights import SHAPES, sparse_weight
+from tests.kernels.weights import FLOATS, SHAPES, sparse_weight
 from tests.reference.sparse_product import dequantized
-
-FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -106,6 +106,20 @@ def test_another_packed_weight_gives_nan_and_reads_nothing(tokens):
         assert bool(gpu_linear(x, wrong, rows).isnan().all())
 
 
+def test_columns_past_the_last_are_not_read():
+    """Of a corrupt weight, whose gaps nobody checks: the one kept is moved from the last column to the next."""
+    weight = torch.zeros(1, 90).half()
+    weight[0, 89] = 2.0
+    packed = pack_for_gpu(weight)
+    # Row starts are 8 bytes, rounded up to 16; the sixth slot is the high half of the third byte of gaps.
+    assert packed[82] == 15 + 16 * 9
+    packed[82] = 15 + 16 * 10
+    x = torch.full((1, 100), float("nan"))
+    x[0, :90] = 1.0
+    assert gpu_linear(x[:, :90], packed, 1).item() == 0
+    assert not gpu_dense(packed, 1, 90, torch.half).any()
+
+
 def test_infinite_activation_of_a_pruned_column_is_not_read():
     weight = torch.zeros(1, 100).half()
     weight[0, 99] = 2.0

@@ -1,4 +1,4 @@
-"""A sparse layer's product as it is written on paper: fp64, one output at a time."""
+"""A sparse layer's product as it is written on paper: fp64, of the dense weight."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,7 @@ def dequantized(integers: Tensor, scales: Tensor, group_size: int) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens, rows) ``x @ weight.T`` and the sum of the magnitudes of its products, which bounds rounding errors."""
     x, weight = x.double(), weight.double()
-    result = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
-    magnitude = torch.zeros_like(result)
-    for row in range(weight.shape[0]):
-        products = x * weight[row]
-        result[:, row] = products.sum(1)
-        magnitude[:, row] = products.abs().sum(1)
-    return result, magnitude
+    return x @ weight.T, x.abs() @ weight.abs().T
 
 
 def tolerance(result: Tensor, magnitude: Tensor, dtype: torch.dtype, weight_rounding: float = 0.0) -> Tensor:

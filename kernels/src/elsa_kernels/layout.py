@@ -6,13 +6,14 @@ follow from the header's counts, here and in ``csrc/packed.h``, and the stored t
 """
 
 import dataclasses
+import math
 from enum import IntEnum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "SLICE", "WINDOW", "Header", "Layout", "Values", "read_header"]
+__all__ = ["ALIGNMENT", "REACH", "SEGMENT", "SLICE", "Header", "Layout", "Values", "read_header"]
 
 MAGIC = int.from_bytes(b"ELSASPW1", "little")
 ALIGNMENT = 64
@@ -20,7 +21,9 @@ HEADER_NBYTES = 128
 # Rows that a vector holds, a lane each.
 SLICE = 16
 # Columns of x that a step of the window layout can reach.
-WINDOW = 64
+REACH = 64
+# Columns between the places where a slice can be entered.
+SEGMENT = 4096
 
 Values = Literal["bf16", "fp16", "fp32", "int8", "int4"]
 FLOATS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +71,28 @@ class Header:
         """Scales in a row; 1 where values are floating point."""
         return -(-self.columns // self.group_size) if self.group_size else 1
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of columns; an odd last one has one column."""
+        return -(-self.columns // 2)
+
+    @property
+    def segments(self) -> int:
+        return -(-self.columns // SEGMENT)
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Columns where a block starts: the multiples of ``group_size`` and of ``SEGMENT``. A step lies in one block."""
+        groups = range(0, self.columns, self.group_size) if self.group_size else ()
+        return sorted({*range(0, self.columns, SEGMENT), *groups})
+
+    @property
+    def blocks(self) -> int:
+        if not self.group_size:
+            return self.segments
+        common = math.lcm(self.group_size, SEGMENT)
+        return self.segments + self.groups - -(-self.columns // common)
+
     def part_sizes(self) -> dict[str, int]:
         """Bytes of each part, in the order in which they are stored."""
         scale_nbytes = {0: 0, 1: 2, 2: 2, 3: 4}[self.scales] * self.groups
@@ -78,13 +103,14 @@ class Header:
                 "values": self.value_nbytes,
                 "scales": scale_nbytes * self.rows,
             }
-        shared = {"order": 4 * SLICE * self.slices, "value_offsets": 8 * (self.slices + 1)}
+        entries = self.slices * self.segments + 1
+        shared = {"order": 4 * SLICE * self.slices, "value_offsets": 8 * entries}
         if self.layout == Layout.BITMASK:
             positions = {"masks": 4 * self.steps}
         else:
             positions = {
-                "step_offsets": 4 * (self.slices * self.groups + 1),
-                "kept_offsets": 4 * (self.slices + 1),
+                "step_offsets": 4 * (self.slices * self.blocks + 1),
+                "kept_offsets": 4 * entries,
                 "masks": 4 * self.steps,
                 "bases": 2 * self.steps,
                 "indices": self.kept,
@@ -151,6 +177,8 @@ def _contradiction(h: Header, unused: list[int], nbytes: int) -> str | None:
         return f"layout has code {h.layout}"
     if not (0 < h.rows < 1 << 31 and 0 < h.columns < 1 << 31 and 0 <= h.kept < 1 << 31):
         return f"rows {h.rows}, columns {h.columns}, kept {h.kept}"
+    if h.rows * h.columns > 1 << 40:
+        return f"{h.rows} x {h.columns} weights"
     if h.kept > h.rows * h.columns:
         return f"{h.kept} weights kept of {h.rows} x {h.columns}"
     if quantized != (h.scales in (1, 2, 3)) or quantized != (1 <= h.group_size <= h.columns) or not 0 <= h.scales <= 3:

@@ -1,10 +1,12 @@
 """Dense weights, or the integers and scales of quantized ones, to packed tensors."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from elsa_kernels import library
-from elsa_kernels.layout import FLOATS, VALUE_CODES, Header, Layout, Values
+from elsa_kernels.layout import FLOATS, SLICE, VALUE_CODES, Header, Layout, Values
 from elsa_kernels.reading import check
 
 __all__ = ["choose_layout", "pack", "pack_integers", "packed_nbytes"]
@@ -84,34 +86,108 @@ def pack_integers(
 
 
 def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> Layout:
-    """The layout that pack chooses on this machine."""
+    """The layout that pack chooses on this machine; the crossovers were measured: docs/kernels.md."""
+    # A group that splits a pair of columns would have two scales in a vector.
+    has_bitmask = group_size in (0, columns) or group_size % 2 == 0
+    has_window = columns <= 1 << 16
+    density = kept / (rows * columns)
+    if library.backend().startswith("avx512"):
+        if has_bitmask and (density > WINDOW_DENSITY[values] or not has_window):
+            return Layout.BITMASK
+        return Layout.WINDOW if has_window else Layout.CSR
     return Layout.CSR
 
 
-def packed_nbytes(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> int:
-    """Bytes of the packed tensor of a weight of this shape with so many weights kept, without packing it."""
-    return _csr_header(rows, columns, kept, values, group_size, 2 if group_size else 0).nbytes
+def packed_nbytes(
+    rows: int, columns: int, kept: int, values: Values, group_size: int = 0, layout: Layout | None = None
+) -> int:
+    """Bytes of the packed tensor of a weight of this shape with so many weights kept, without packing it.
+
+    Exact for the CSR layout, and for bitmask unless values are int4.
+    """
+    layout = choose_layout(rows, columns, kept, values, group_size) if layout is None else layout
+    return _header(layout, rows, columns, kept, values, group_size, 2 if group_size else 0).nbytes
+
+
+# Denser weights are faster as bitmasks.
+WINDOW_DENSITY: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.12, "int4": 0.12}
 
 
 def _pack(stored: Tensor, scales: Tensor | None, values: Values, group_size: int, layout: Layout | None) -> Tensor:
     """``stored``: (rows, columns), what is kept where it is not zero."""
-    packed = _pack_csr(stored, scales, values, group_size)
+    stored = stored.contiguous()
+    if layout is None:
+        layout = choose_layout(*stored.shape, int(torch.count_nonzero(stored)), values, group_size)
+    if layout == Layout.CSR:
+        packed = _pack_csr(stored, scales, values, group_size)
+    else:
+        packed = _pack_slices(stored, scales, values, group_size, layout)
     check(packed)
     return packed
 
 
-def _csr_header(rows: int, columns: int, kept: int, values: Values, group_size: int, scale_code: int) -> Header:
+def _pack_slices(stored: Tensor, scales: Tensor | None, values: Values, group_size: int, layout: Layout) -> Tensor:
+    compiled = library.compiled()
+    if compiled is None:
+        raise ValueError(f"layout is {layout.name.lower()}, which the compiled library packs; without it there is csr")
+    rows, columns = stored.shape
+    lanes = -(-rows // SLICE) * SLICE
+    order = torch.full((lanes,), -1, dtype=torch.int32)
+    order[:rows] = _order(stored)
+    counts = compiled.pack_count(stored, VALUE_CODES[values], layout, group_size, order)
+    steps, kept, value_nbytes = counts.sum(0).tolist()
+    scale_code = SCALE_CODES[scales.dtype] if scales is not None else 0
+    header = _header(layout, rows, columns, kept, values, group_size, scale_code, steps, value_nbytes)
+    parts = {}
+    if scales is not None:
+        by_lane = torch.zeros(lanes, scales.shape[1], dtype=scales.dtype)
+        by_lane[order != -1] = scales[order[order != -1].long()]
+        parts["scales"] = by_lane.view(-1, SLICE, scales.shape[1]).transpose(1, 2)
+    packed = header.build(parts)
+    compiled.pack_store(stored, order, counts.cumsum(0) - counts, packed)
+    return packed
+
+
+def _order(stored: Tensor) -> Tensor:
+    """The rows in the order in which they fill slices: by their number of weights, where those differ a lot.
+
+    A slice takes as many steps as its fullest row needs.
+    """
+    counts = torch.count_nonzero(stored, 1).float()
+    if float(counts.std(correction=0)) <= UNEVEN * float(counts.mean()):
+        return torch.arange(stored.shape[0], dtype=torch.int32)
+    return torch.argsort(counts, descending=True, stable=True).to(torch.int32)
+
+
+# Standard deviation of the rows' numbers of weights, in means, from which rows are sorted.
+UNEVEN = 0.25
+
+
+def _header(
+    layout: Layout,
+    rows: int,
+    columns: int,
+    kept: int,
+    values: Values,
+    group_size: int,
+    scale_code: int,
+    steps: int | None = None,
+    value_nbytes: int | None = None,
+) -> Header:
     bits = {"bf16": 16, "fp16": 16, "fp32": 32, "int8": 8, "int4": 4}[values]
+    slices = -(-rows // SLICE)
+    if steps is None:
+        steps = {Layout.CSR: 0, Layout.BITMASK: slices * -(-columns // 2), Layout.WINDOW: -(-kept // 26)}[layout]
     return Header(
         rows=rows,
         columns=columns,
         kept=kept,
         values=VALUE_CODES[values],
-        layout=Layout.CSR,
+        layout=layout,
         group_size=group_size,
         scales=scale_code,
-        steps=0,
-        value_nbytes=(kept * bits + 7) // 8,
+        steps=steps,
+        value_nbytes=(kept * bits + 7) // 8 if value_nbytes is None else value_nbytes,
         nbytes=0,
     ).sized()
 
@@ -126,9 +202,8 @@ def _pack_csr(stored: Tensor, scales: Tensor | None, values: Values, group_size:
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     torch.cumsum(keep.sum(1), 0, out=offsets[1:])
     kept = int(offsets[-1])
-    header = _csr_header(
-        rows, columns, kept, values, group_size, SCALE_CODES[scales.dtype] if scales is not None else 0
-    )
+    scale_code = SCALE_CODES[scales.dtype] if scales is not None else 0
+    header = _header(Layout.CSR, rows, columns, kept, values, group_size, scale_code)
     positions = keep.nonzero()[:, 1]
     # uint16 tensors lack most operations; int16 of the same bits does not.
     positions = positions.to(torch.int32) if columns > 1 << 16 else _int16_bits(positions)
@@ -160,5 +235,5 @@ def _round(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     return integers.view(rows, -1)[:, :columns].contiguous(), scales
 
 
-def _list(names: object) -> str:
-    return ", ".join(names)  # type: ignore[call-overload]
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,14 +1,17 @@
 """Packed tensors back to dense ones, what they hold, and whether they can be trusted. Plain torch, any machine."""
 
 import dataclasses
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from elsa_kernels.layout import FLOATS, SLICE, VALUE_NAMES, WINDOW, Header, Layout, read_header
+from elsa_kernels import library
+from elsa_kernels.layout import FLOATS, REACH, SEGMENT, SLICE, VALUE_NAMES, Header, Layout, read_header
 
 __all__ = ["PackedInfo", "check", "coordinates", "describe", "unpack"]
 
+Coordinates: TypeAlias = tuple[Tensor, Tensor, Tensor]
 SCALE_DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
 
 
@@ -48,13 +51,14 @@ def check(packed: Tensor) -> None:
     :raises ValueError: with what is wrong
     """
     h = read_header(packed)
+    if (compiled := library.compiled()) is not None:
+        compiled.check(packed)
+        return
     rows, columns, _ = coordinates(packed, h)
-    inside = (rows >= 0) & (rows < h.rows) & (columns >= 0) & (columns < h.columns)
-    if not bool(inside.all()):
-        raise ValueError(f"packed is corrupt: a kept weight lies outside of {h.rows} x {h.columns}; pack it again")
-    flat = rows * h.columns + columns
-    if flat.numel() > 1 and torch.unique(flat).numel() != flat.numel():
-        raise ValueError("packed is corrupt: two values for one weight; pack it again")
+    _require(
+        bool(((rows >= 0) & (rows < h.rows) & (columns >= 0) & (columns < h.columns)).all()), "positions of weights"
+    )
+    _require(int(torch.unique(rows * h.columns + columns).numel()) == h.kept, "positions of weights")
 
 
 def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -64,6 +68,7 @@ def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         scale in fp32
     :raises ValueError: if packed is corrupt
     """
+    check(packed)
     h = read_header(packed)
     rows, columns, values = coordinates(packed, h)
     if h.scales:
@@ -73,15 +78,20 @@ def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return dense
 
 
-def coordinates(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
+def coordinates(packed: Tensor, h: Header) -> Coordinates:
     """Row, column and value (integers without their scale) of each kept weight, in the order in which they are stored.
 
     :raises ValueError: if counts or offsets in the parts contradict each other
     """
-    return _csr(packed, h)
+    if h.layout == Layout.CSR:
+        return _csr(packed, h)
+    rows, step_blocks, slots = _slots(packed, h)
+    if h.layout == Layout.BITMASK:
+        return _bitmask(packed, h, rows, slots)
+    return _window(packed, h, rows, step_blocks, slots)
 
 
-def _csr(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
+def _csr(packed: Tensor, h: Header) -> Coordinates:
     offsets = h.part(packed, "offsets", torch.int32).long()
     counts = offsets.diff()
     _require(int(offsets[0]) == 0 and int(offsets[-1]) == h.kept and bool((counts >= 0).all()), "offsets of rows")
@@ -90,18 +100,91 @@ def _csr(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
         columns = h.part(packed, "columns", torch.int16).long() & 0xFFFF
     else:
         columns = h.part(packed, "columns", torch.int32).long()
+    _require(bool((columns.diff()[rows.diff() == 0] > 0).all()), "columns of a row")
     _require(h.value_nbytes == (h.kept * _bits(h) + 7) // 8, "bytes of values")
     if _bits(h) == 4:
-        values = _nibbles(h.part(packed, "values", torch.uint8)).view(-1)[: h.kept]
+        return rows, columns, _nibbles(h.part(packed, "values", torch.uint8)).view(-1)[: h.kept]
+    return rows, columns, h.part(packed, "values", _value_dtype(h))
+
+
+def _slots(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of kept weights; the block (slices, blocks) of each step; each kept weight's (step, place in its mask)."""
+    masks = h.part(packed, "masks", torch.int32)
+    slots = ((masks[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).nonzero()
+    _require(slots.shape[0] == h.kept, "masks")
+    if h.layout == Layout.BITMASK:
+        step_blocks = torch.arange(h.slices).repeat_interleave(h.pairs)
     else:
-        values = h.part(packed, "values", _value_dtype(h))
+        offsets = h.part(packed, "step_offsets", torch.int32).long()
+        fits = int(offsets[0]) == 0 and int(offsets[-1]) == h.steps and bool((offsets.diff() >= 0).all())
+        _require(fits, "offsets of steps")
+        step_blocks = torch.repeat_interleave(torch.arange(h.slices * h.blocks), offsets.diff())
+    order = h.part(packed, "order", torch.int32).long()
+    _require(torch.equal(order[order != -1].sort().values, torch.arange(h.rows)), "order of rows")
+    steps_a_slice = 1 if h.layout == Layout.BITMASK else h.blocks
+    rows = order[step_blocks[slots[:, 0]] // steps_a_slice * SLICE + slots[:, 1] // 2]
+    _require(bool((rows >= 0).all()), "masks")
+    return rows, step_blocks, slots
+
+
+def _bitmask(packed: Tensor, h: Header, rows: Tensor, slots: Tensor) -> Coordinates:
+    columns = slots[:, 0] % h.pairs * 2 + slots[:, 1] % 2
+    _require(bool((columns < h.columns).all()), "masks")
+    entries = torch.arange(0, h.pairs, SEGMENT // 2)[None] + torch.arange(h.slices)[:, None] * h.pairs
+    values, ends, _ = _values_by_mask(packed, h, slots)
+    _require_offsets(packed, h, "value_offsets", torch.int64, ends, entries.flatten())
     return rows, columns, values
+
+
+def _window(packed: Tensor, h: Header, rows: Tensor, step_blocks: Tensor, slots: Tensor) -> Coordinates:
+    bases = h.part(packed, "bases", torch.int16).long() & 0xFFFF
+    indices = h.part(packed, "indices", torch.uint8).long()
+    _require(bool(((bases == 0) | (bases + REACH <= h.columns)).all()), "bases")
+    columns = bases[slots[:, 0]] + indices
+    starts = torch.tensor([*h.boundaries, h.columns])
+    block = step_blocks[slots[:, 0]] % h.blocks
+    inside = (indices < REACH) & (columns >= starts[block]) & (columns < starts[block + 1])
+    _require(bool(inside.all()), "indices")
+    by_row = torch.argsort(rows, stable=True)
+    _require(bool((columns[by_row].diff()[rows[by_row].diff() == 0] > 0).all()), "indices")
+    first_blocks = torch.tensor([b for b, start in enumerate(h.boundaries) if start % SEGMENT == 0])
+    first_blocks = (first_blocks[None] + torch.arange(h.slices)[:, None] * h.blocks).flatten()
+    entries = h.part(packed, "step_offsets", torch.int32).long()[first_blocks]
+    values, byte_ends, kept_ends = _values_by_mask(packed, h, slots)
+    _require_offsets(packed, h, "value_offsets", torch.int64, byte_ends, entries)
+    _require_offsets(packed, h, "kept_offsets", torch.int32, kept_ends, entries)
+    return rows, columns, values
+
+
+def _values_by_mask(packed: Tensor, h: Header, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, and after how many bytes and values each step starts, (steps + 1,): each starts at a whole byte."""
+    counts = torch.bincount(slots[:, 0], minlength=h.steps)
+    kept_ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    byte_ends = torch.nn.functional.pad(((counts * _bits(h) + 7) // 8).cumsum(0), (1, 0))
+    _require(h.value_nbytes == int(byte_ends[-1]), "bytes of values")
+    if _bits(h) != 4:
+        return h.part(packed, "values", _value_dtype(h)), byte_ends, kept_ends
+    step = slots[:, 0]
+    place = torch.arange(h.kept) - kept_ends[step]
+    nibbles = _nibbles(h.part(packed, "values", torch.uint8))
+    return nibbles[byte_ends[step] + place // 2, place % 2], byte_ends, kept_ends
+
+
+def _require_offsets(packed: Tensor, h: Header, name: str, dtype: torch.dtype, ends: Tensor, entries: Tensor) -> None:
+    expected = torch.cat([ends[entries], ends[-1:]])
+    _require(torch.equal(h.part(packed, name, dtype).long(), expected), name.replace("_", " "))
 
 
 def _scales(packed: Tensor, h: Header) -> Tensor:
     """(rows, groups)"""
     scales = h.part(packed, "scales", SCALE_DTYPES[h.scales])
-    return scales.view(h.rows, h.groups)
+    if h.layout == Layout.CSR:
+        return scales.view(h.rows, h.groups)
+    by_lane = scales.view(h.slices, h.groups, SLICE).transpose(1, 2).reshape(-1, h.groups)
+    order = h.part(packed, "order", torch.int32).long()
+    result = torch.empty(h.rows, h.groups, dtype=scales.dtype)
+    result[order[order != -1]] = by_lane[order != -1]
+    return result
 
 
 def _nibbles(stored: Tensor) -> Tensor:

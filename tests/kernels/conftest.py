@@ -1,0 +1,21 @@
+"""Each test that asks for ``isa`` runs with every instruction set that this machine has, and without the library."""
+
+import elsa_kernels
+import pytest
+from elsa_kernels import library
+
+ISAS = {"torch": "torch", "portable": "portable", "avx2": "avx2", "avx512": "avx512", "amx": "avx512+amx"}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """The instruction set, in force until the test's end."""
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, request.param)
+    library.compiled.cache_clear()
+    found = elsa_kernels.backend()
+    if found != ISAS[request.param]:
+        pytest.skip(f"this machine or build has {found}")
+    yield request.param
+    monkeypatch.undo()
+    library.compiled.cache_clear()
+    library.compiled()
