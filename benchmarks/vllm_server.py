@@ -8,8 +8,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,27 @@ class Server:
     """A running server's OpenAI API.
 
     :param log: what it has printed
+    :param group: its process group
     """
 
-    def __init__(self, address: str, log: Path) -> None:
+    def __init__(self, address: str, log: Path, group: int) -> None:
         self._address = address
         self._log = log
+        self._group = group
 
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def resident(self, kind: str = "VmRSS") -> int:
+        """Bytes of memory of its largest process, the one with the weights: now, or at most so far (``VmHWM``)."""
+        sizes = []
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with suppress(OSError):
+                if os.getpgid(int(status.parent.name)) == self._group:
+                    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                    sizes.append(1024 * int(fields.get(kind, "0 kB").split()[0]))
+        return max(sizes)
 
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(
@@ -58,9 +70,11 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Serve a directory; the server is gone after the block.
 
+    :param arguments: of vLLM, after the ones that every server here gets, which they may undo
+    :param environment: variables, likewise
     :raises RuntimeError: if it does not come up, with the end of its log
     """
     with socket.socket() as probe:
@@ -74,11 +88,11 @@ def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | _ENVIRONMENT | dict(environment or {}),
             cwd=log.parent,
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not server.is_up():
@@ -87,9 +101,10 @@ def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
             time.sleep(0.5)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            # Workers may outlive the process that started them.
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from elsa_sparse.vllm_internals import (
     ALREADY_PROCESSED,
-    BasevLLMParameter,
     ChannelQuantScaleParameter,
     CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
@@ -25,13 +24,12 @@ from elsa_sparse.vllm_internals import (
     UnquantizedLinearMethod,
     initialize_online_processing,
     register_weight_loader_v2_supported_method,
+    set_weight_attrs,
 )
 from elsa_sparse.vllm_method import SparseLinearMethod
 from elsa_sparse.vllm_packing import Savings, keep_packed, pack_integers
 
 __all__ = ["SparseCompressedTensorsConfig", "SparseIntegersMethod", "unpack_int32"]
-
-_NAMES = ("weight_packed", "weight_scale", "weight_shape")
 
 
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
@@ -119,9 +117,13 @@ class SparseIntegersMethod(LinearMethodBase):
                 scales = ChannelQuantScaleParameter(
                     data=torch.empty(rows, 1, dtype=params_dtype), output_dim=0, weight_loader=loader
                 )
-            shape = BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader)
-        for name, parameter in zip(_NAMES, (weight, scales, shape), strict=True):
-            layer.register_parameter(name, parameter)
+        layer.register_parameter("weight_packed", weight)
+        layer.register_parameter("weight_scale", scales)
+        # A fused layer gets one shape for each of its parts, the last one after all else: it must not count, or the
+        # layer would be complete too early, and it must have somewhere to go when the layer is.
+        shape = nn.Parameter(torch.empty(0, dtype=torch.int64), requires_grad=False)
+        set_weight_attrs(shape, {"weight_loader": _ignore})
+        layer.register_parameter("weight_shape", shape)
         initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -137,11 +139,11 @@ class SparseIntegersMethod(LinearMethodBase):
         self._savings.add(before, packed)
         if packed is not None:
             self._rows = stored.shape[0]
-            keep_packed(layer, packed, *_NAMES)
+            keep_packed(layer, packed, "weight_packed", "weight_scale")
 
     def _hand_back(self, layer: Any) -> bool:
         """Give the layer to vLLM's scheme; False if that computes with no such integers on this machine."""
-        loaded = {name: getattr(layer, name) for name in _NAMES}
+        loaded = {name: getattr(layer, name) for name in ("weight_packed", "weight_scale")}
         try:
             self._scheme.create_weights(layer=layer, **self._arguments)
         except ValueError:
@@ -158,6 +160,10 @@ class SparseIntegersMethod(LinearMethodBase):
             return y
         y = torch.ops.elsa_kernels.linear(x, layer.weight_packed, self._rows)
         return y if bias is None else y + bias
+
+
+def _ignore(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
+    """A weight loader for what is known already."""
 
 
 def unpack_int32(stored: Tensor, bits: Literal[4, 8], columns: int) -> Tensor:

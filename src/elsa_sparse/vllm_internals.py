@@ -36,7 +36,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import (
-    BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     ModelWeightParameter,
@@ -46,7 +45,6 @@ from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
     "ALREADY_PROCESSED",
-    "BasevLLMParameter",
     "ChannelQuantScaleParameter",
     "CompressedTensorsConfig",
     "CompressedTensorsLinearMethod",
