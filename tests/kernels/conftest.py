@@ -2,9 +2,19 @@
 
 import elsa_kernels
 import pytest
+import torch
 from elsa_kernels import library
 
 ISAS = {"torch": "torch", "portable": "portable", "avx2": "avx2", "avx512": "avx512", "amx": "avx512+amx"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products wait longer for a second thread than they take, on a busy machine most of all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ISAS)

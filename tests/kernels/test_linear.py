@@ -83,6 +83,14 @@ def test_leading_dimensions_and_strides(isa):
     assert torch.ops.elsa_kernels.linear(torch.randn(0, 96), packed, 20).shape == (0, 20)
 
 
+def test_two_threads_share_the_slices(isa):
+    torch.set_num_threads(2)
+    for layout in LAYOUTS if isa != "torch" else [Layout.CSR]:
+        packed = pack(sparse_weight(500, 700, 0.2, uneven=True).bfloat16(), layout)
+        for tokens in (1, 20):
+            assert_product(torch.randn(tokens, 700).bfloat16(), packed)
+
+
 def test_packed_may_lie_at_any_address(isa):
     for layout in (Layout.CSR, Layout.BITMASK, Layout.WINDOW) if isa != "torch" else (Layout.CSR,):
         packed = pack(sparse_weight(20, 96, 0.3), layout)

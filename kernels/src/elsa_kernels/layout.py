@@ -82,7 +82,7 @@ class Header:
 
     @property
     def boundaries(self) -> list[int]:
-        """Columns where a block starts: the multiples of ``group_size`` and of ``SEGMENT``. A step lies in one block."""
+        """Columns where blocks start: multiples of ``group_size`` and of ``SEGMENT``. A step lies in one block."""
         groups = range(0, self.columns, self.group_size) if self.group_size else ()
         return sorted({*range(0, self.columns, SEGMENT), *groups})
 
