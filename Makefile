@@ -34,12 +34,12 @@ $(VLLM_VENV)/.ready: pyproject.toml Makefile
 	@# Builds for CUDA, which this vLLM does not need and cannot import.
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@# Without dependencies: what serves must do with what vLLM brings.
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps .
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps . ./kernels
 	@touch $@
 
 # Real vLLM servers, on sparse directories of a real pruned model.
 serve-test: setup $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --force-reinstall . ./kernels
 	$(BIN)/python -m pytest -m serving
 
 # Style and types.
@@ -78,6 +78,7 @@ benchmarks: setup
 # The same with vLLM.
 serve-benchmarks: setup $(VLLM_VENV)/.ready
 	$(BIN)/python -m benchmarks.quantized_sizes
+	$(BIN)/python -m benchmarks.serve_sparse
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .assets out

@@ -58,12 +58,12 @@ def with_compression(vllm_config: Any, table: Any) -> tuple[Any, Savings] | None
     elif type(quant_config) is CompressedTensorsConfig:
         quant_config = copy.copy(quant_config)
         quant_config.__class__ = SparseCompressedTensorsConfig
-        quant_config.savings = Savings()
     elif not isinstance(quant_config, SparseConfig):
         return None
+    savings = quant_config.savings = Savings()
     config = copy.copy(vllm_config)
     config.quant_config = quant_config
     identity = json.dumps([table, kernels_identity()], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
     config.additional_config = vllm_config.additional_config | {"elsa_sparse": digest}
-    return config, quant_config.savings
+    return config, savings

@@ -30,16 +30,19 @@ METHOD = "elsa-sparse"
 
 
 class SparseConfig(QuantizationConfig):
-    """Compresses every linear layer that is sparse enough; the loader sets it for sparse checkpoints.
+    """Compresses every linear layer that is sparse enough. The loader of sparse checkpoints makes one, or takes the one
+    that vLLM made because ``--quantization elsa-sparse`` asked for it.
 
     :raises RuntimeError: if there are no kernels to compute with
     """
+
+    savings: Savings | None = None
+    """Where layers are counted; set by the loader."""
 
     def __init__(self) -> None:
         super().__init__()
         if problem := kernels_problem():
             raise RuntimeError(f"--quantization {METHOD}: {problem}")
-        self.savings = Savings()
 
     def get_name(self) -> str:
         return METHOD
@@ -60,6 +63,11 @@ class SparseConfig(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if self.savings is None:
+            raise RuntimeError(
+                f"--quantization {METHOD}: the model is no sparse checkpoint, or is to be served dense; leave it out, "
+                "or write a sparse checkpoint with `elsa pack`"
+            )
         return SparseLinearMethod(self.savings) if isinstance(layer, LinearBase) else None
 
 
