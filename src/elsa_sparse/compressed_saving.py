@@ -62,8 +62,14 @@ def _save(
 ) -> None:
     """Write a sparse checkpoint, in place of one that is there.
 
-    :raises ValueError: if an argument of ``save_pretrained`` is set that has no meaning here
+    :raises ValueError: if an argument of ``save_pretrained`` is set that has no meaning here, or the model's weights
+        are those of a quantized checkpoint
     """
+    if any(isinstance(module, SparseLinear) and module.quantized for module in model.modules()):
+        raise ValueError(
+            "this model has the integers of a quantized checkpoint, which are only read: copy the directory that it "
+            "was loaded from, or load it without compressed"
+        )
     unknown = [name for name, value in others.items() if value not in (None, False)]
     if unknown:
         raise ValueError(

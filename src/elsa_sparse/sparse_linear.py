@@ -20,14 +20,16 @@ class SparseLinear(nn.Module):
 
     :param packed: what ``elsa_kernels.pack`` returned, 1-D uint8
     :param bias: (rows,), floating point, or None
+    :param quantized: whether its integers are those of a quantized checkpoint
     :raises ImportError: if ``elsa_kernels`` is not installed
     :raises ValueError: if ``packed`` is no packed weight
     """
 
     packed: Tensor
 
-    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: Tensor, bias: Tensor | None = None, *, quantized: bool = False) -> None:
         super().__init__()
+        self.quantized = quantized
         info = kernels().describe(packed)
         self.out_features: int = info.rows
         self.in_features: int = info.columns

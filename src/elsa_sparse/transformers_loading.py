@@ -11,6 +11,7 @@ from torch import Tensor
 from elsa_sparse.checkpoint import CONFIG_FILE, SparseCheckpoint, read_json
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.opening import architecture_of, dense_config, is_sparse, open_checkpoint
+from elsa_sparse.quantized import integer_weights
 from elsa_sparse.symbols import DTYPES, SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ __all__ = ["load_sparse", "teach_from_pretrained"]
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # What from_pretrained takes that also says where files come from.
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# The quant_method of transformers_quantizer, which imports transformers.
+_COMPRESSED = "elsa_sparse"
 # Fields of a configuration that from_pretrained has other uses for.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 
@@ -131,12 +134,17 @@ def _from_checkpoint(
     for key in checkpoint.config.keys() - stated.keys():
         if hasattr(config, key):
             delattr(config, key)
+    tensors: dict[str, Any] = {tensor: _LazyTensor(checkpoint, tensor) for tensor in checkpoint.entries}
     if "quantization_config" in stated:
-        config.quantization_config = stated["quantization_config"]
+        if getattr(kwargs.get("quantization_config"), "quant_method", None) == _COMPRESSED:
+            tensors = integer_weights(checkpoint, stated["quantization_config"], tensors)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+        else:
+            config.quantization_config = stated["quantization_config"]
     if kwargs.get("generation_config") is None and (directory / "generation_config.json").exists():
         kwargs["generation_config"] = GenerationConfig.from_pretrained(directory)
     kwargs = {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_ARGUMENTS}
-    tensors = {tensor: _LazyTensor(checkpoint, tensor) for tensor in checkpoint.entries}
     loaded = original(cls, None, *args, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
     model.name_or_path = model.config.name_or_path = str(name)

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from elsa_sparse.compressed_saving import teach_save_pretrained
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, INTEGERS, kernels
 from elsa_sparse.int8_head import hold_head_dense, hold_head_in_int8
+from elsa_sparse.quantized import IntegerWeight
 from elsa_sparse.sparse_linear import SparseLinear, pack_weight
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class ElsaSparseQuantizer(HfQuantizer):
         return {"": "cpu"} if isinstance(device_map, str) else device_map
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter has to be looked at when it has been read."""
+        return param_name.endswith(".weight")
+
+    def may_compress(self, model: "PreTrainedModel", param_name: str) -> bool:
         """Whether a parameter is the weight of a layer that may be compressed; whether it is, its zeros decide."""
         path, _, name = param_name.rpartition(".")
         # Not a subclass, whose forward may do more.
@@ -147,21 +152,17 @@ class _Compress(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """What is left to be put in place, by name."""
-        config = self._quantizer.quantization_config
         left = {}
         for name, read in input_dict.items():
-            tensor = read[0] if isinstance(read, list) else read
-            packed = None
-            if self._quantizer.param_needs_quantization(model, name):
-                packed = pack_weight(
-                    tensor, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity
-                )
+            weight = read[0] if isinstance(read, list) else read
+            quantized = isinstance(weight, IntegerWeight)
+            packed = self._pack(weight, model.dtype) if self._quantizer.may_compress(model, name) else None
             if packed is None:
-                left[name] = tensor
+                left[name] = weight.dense(model.dtype) if quantized else weight
                 continue
             path = name.rpartition(".")[0]
             linear = model.get_submodule(path)
-            layer = SparseLinear(packed, linear.bias)
+            layer = SparseLinear(packed, linear.bias, quantized=quantized)
             # transformers initializes what has not got this mark.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             if layer.bias is not None and hasattr(linear.bias, "_is_hf_initialized"):
@@ -170,6 +171,12 @@ class _Compress(ConversionOps):
             if missing_keys is not None:
                 missing_keys.discard(name)
         return left
+
+    def _pack(self, weight: Tensor | IntegerWeight, dtype: torch.dtype) -> Tensor | None:
+        if isinstance(weight, IntegerWeight):
+            return weight.pack(dtype)
+        config = self._quantizer.quantization_config
+        return pack_weight(weight, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
