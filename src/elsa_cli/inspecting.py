@@ -34,7 +34,7 @@ def inspect(
         return
     caption = "sparsity: of matrices. ratio: dense bytes for each that is stored."
     caption += " memory: of weights loaded with compressed=True"
-    caption += "." if total.memory_bytes is not None else ", known where elsa-kernels is installed."
+    caption += "." if total.memory_bytes is not None else ", where elsa-kernels is installed and can tell."
     table = Table(title=plain(directory), caption=caption)
     table.add_column("tensor" if tensors else "layer", overflow="fold", ratio=1)
     table.add_column("stored as")

@@ -5,7 +5,7 @@ Bytes on disk, dense, and in memory of a model whose sparse weights stay compres
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elsa_sparse.checkpoint import CONFIG_FILE, Shards, read_json
-from elsa_sparse.compression_rule import packed_size
+from elsa_sparse.compression_rule import kernels, packed_size
 from elsa_sparse.entry import TensorEntry, sparsity_of
 from elsa_sparse.opening import is_sparse, open_checkpoint
+from elsa_sparse.quantized import EXPERT, bits_of
 from elsa_sparse.symbols import DTYPES
 from elsa_sparse.writing import dense_files
 
 __all__ = ["Row", "by_layer", "inspect", "memory_bytes", "summarize"]
-
-# transformers holds the experts of a layer in one parameter, which stays dense.
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,9 @@ class Row:
     :param sparsity: fraction of zeros, of either sign, among the entries of its matrices; 0 without one
     :param weights: entries of its matrices: tensors of two and more dimensions
     :param encodings: how the tensors are stored
-    :param memory_bytes: that they take with ``load_sparse(..., compressed=True)`` on this machine; None where nothing
-        can say, elsa-kernels not being installed
+    :param memory_bytes: that they take with ``load_sparse(..., compressed=True)`` on this machine; None where that
+        is not known: elsa-kernels is not installed, or a weight is quantized in another way
+        than W4A16 or W8A16
     """
 
     name: str
@@ -56,13 +55,17 @@ def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> 
     :raises SparseCheckpointError: if the directory is not a checkpoint, or not what it should be
     """
     config = read_json(directory / CONFIG_FILE)
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied, bits = bool(config.get("tie_word_embeddings", False)), bits_of(config.get("quantization_config"))
     if is_sparse(config):
         with open_checkpoint(directory) as checkpoint:
             if verify:
                 for _ in tqdm(checkpoint, total=len(checkpoint.entries), desc="verify", disable=not progress):
                     pass
-            return [_row(entry, checkpoint.stored_bytes(name), tied) for name, entry in checkpoint.entries.items()]
+            entries = checkpoint.entries
+            return [
+                _row(entry, checkpoint.stored_bytes(name), memory_bytes(entry, tied=tied, bits=bits, scales=entries))
+                for name, entry in entries.items()
+            ]
     rows = []
     with closing(Shards(directory, dense_files(directory))) as shards:
         for name in tqdm(shards.file_of, desc="read", unit="tensor", disable=not progress):
@@ -74,29 +77,55 @@ def inspect(directory: Path, *, verify: bool = False, progress: bool = True) -> 
                 shape=tuple(tensor.shape),
                 sparsity=sparsity_of(tensor),
             )
-            rows.append(_row(entry, entry.dense_bytes, tied))
+            rows.append(_row(entry, entry.dense_bytes, memory_bytes(entry, tied=tied)))
     return rows
 
 
-def memory_bytes(entry: TensorEntry, tied: bool) -> int | None:
-    """Bytes that a tensor takes in memory, compressed if it would be, or None without elsa-kernels.
+def memory_bytes(
+    entry: TensorEntry, *, tied: bool = False, bits: int | None = None, scales: Mapping[str, TensorEntry] | None = None
+) -> int | None:
+    """Bytes that a tensor takes in memory, compressed if it would be; None if that is not known.
 
-    Which tensors are weights of linear layers is told by their names and shapes.
+    Which tensors are weights of linear layers is told by their names and shapes. The scales of a quantized weight are
+    counted with it.
 
     :param tied: whether the model's head is its embedding
+    :param bits: of quantized weights, see :func:`~elsa_sparse.quantized.bits_of`
+    :param scales: entries of the checkpoint, by name, among them those of quantized weights' scales
     """
-    is_linear = len(entry.shape) == 2 and entry.name.endswith(".weight") and not _EXPERT.search(entry.name)
-    if not is_linear or (tied and entry.name.endswith("lm_head.weight")):
-        return entry.dense_bytes
-    rows, columns = entry.shape
-    kept = round((1 - entry.sparsity) * rows * columns)
+    scales = scales or {}
+    prefix, _, kind = entry.name.rpartition(".")
+    is_matrix = len(entry.shape) == 2
     try:
+        if is_matrix and kind == "weight_packed":
+            return _integers_bytes(entry, bits, scales.get(f"{prefix}.weight_scale"))
+        if kind in ("weight_scale", "weight_shape") and f"{prefix}.weight_packed" in scales:
+            return 0
+        if not is_matrix or kind != "weight" or EXPERT.search(entry.name) or (tied and prefix.endswith("lm_head")):
+            return entry.dense_bytes
+        rows, columns = entry.shape
+        kept = round((1 - entry.sparsity) * rows * columns)
         return packed_size(rows, columns, kept, DTYPES[entry.dtype]) or entry.dense_bytes
     except ImportError:
         return None
 
 
-def _row(entry: TensorEntry, stored_bytes: int, tied: bool) -> Row:
+def _integers_bytes(entry: TensorEntry, bits: int | None, scales: TensorEntry | None) -> int | None:
+    """Of integers that lie in int32, several in each."""
+    if bits is None or entry.encoding == "bitmask" or scales is None or len(scales.shape) != 2:
+        return None
+    rows, words = entry.shape
+    columns, groups = words * 32 // bits, scales.shape[1]
+    if not rows or not 0 < groups <= columns:
+        return None
+    # A symbol may be several integers, which are all zero where it is the fill: as often as if they were independent.
+    zeros = 0.0 if entry.layout is None else entry.sparsity ** (bits / entry.layout.symbol_bits)
+    kept = round((1 - zeros) * rows * columns)
+    packed: int = kernels().packed_nbytes(rows, columns, kept, f"int{bits}", -(-columns // groups))
+    return packed
+
+
+def _row(entry: TensorEntry, stored_bytes: int, in_memory: int | None) -> Row:
     is_matrix = len(entry.shape) > 1
     return Row(
         name=entry.name,
@@ -105,7 +134,7 @@ def _row(entry: TensorEntry, stored_bytes: int, tied: bool) -> Row:
         sparsity=entry.sparsity if is_matrix else 0.0,
         dense_bytes=entry.dense_bytes,
         stored_bytes=stored_bytes,
-        memory_bytes=memory_bytes(entry, tied),
+        memory_bytes=in_memory,
     )
 
 

@@ -16,7 +16,7 @@ from elsa_sparse.checkpoint import SparseCheckpoint
 from elsa_sparse.compression_rule import kernels
 from elsa_sparse.errors import SparseCheckpointError
 
-__all__ = ["EXPERT", "IntegerWeight", "LazyIntegers", "integer_weights", "unpack_int32"]
+__all__ = ["EXPERT", "IntegerWeight", "LazyIntegers", "bits_of", "integer_weights", "unpack_int32"]
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the names of weights that transformers puts together: the experts of a layer are one parameter."""
@@ -108,6 +108,19 @@ def integer_weights(
         dense = torch.bfloat16 if EXPERT.search(name) else None
         found[name] = LazyIntegers(checkpoint, prefix, dense)
     return found
+
+
+def bits_of(quantization: Any) -> int | None:
+    """4 or 8 if those are the bits of all quantized weights of a checkpoint that may stay compressed, else None.
+
+    :param quantization: ``quantization_config`` of its ``config.json``, if there is one
+    """
+    if not isinstance(quantization, dict) or _problem(quantization, {}):
+        return None
+    groups = quantization.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    found = [stated.get("num_bits") if isinstance(stated, dict) else None for stated in weights]
+    return next((bits for bits in (4, 8) if found and all(stated == bits for stated in found)), None)
 
 
 def _problem(quantization: Mapping[str, Any], tensors: Mapping[str, Any]) -> str | None:

@@ -1,10 +1,11 @@
 """Pruned and quantized checkpoints whose integers stay compressed in memory."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from elsa_modifier import ElsaSparseConfig
 from elsa_sparse import SparseLinear, load_sparse, open_checkpoint, save_sparse
 from elsa_sparse.checkpoint import CONFIG_FILE
-from elsa_sparse.quantized import IntegerWeight, unpack_int32
+from elsa_sparse.entry import TensorEntry, encode
+from elsa_sparse.inspecting import inspect, memory_bytes, summarize
+from elsa_sparse.quantized import IntegerWeight, bits_of, unpack_int32
 from tests.sparse.test_compressed_models import IDS, compressed_layers
 
 elsa_kernels = pytest.importorskip("elsa_kernels")
@@ -57,6 +60,9 @@ def test_the_integers_are_the_checkpoint_s(weights, name, quantized):
             assert info.values == f"int{weights['num_bits']}" and layer.quantized
             assert info.kept == int(integers.count_nonzero()) and torch.equal(layer.unpack(), expected)
     assert model.get_memory_footprint() < load_sparse(directory).get_memory_footprint()
+    stated = summarize("total", inspect(directory, progress=False)).memory_bytes
+    # Sizes are estimates where values are int4; and the model has buffers that are not saved.
+    assert stated == pytest.approx(model.get_memory_footprint(), rel=0.1)
     assert "config_groups" not in model.config.quantization_config.to_dict()
 
 
@@ -111,6 +117,39 @@ def test_other_quantizations_are_refused(quantized, edit_config):
         with pytest.raises(ValueError, match=said):
             load_sparse(directory, compressed=True)
         (directory / CONFIG_FILE).write_text(json.dumps(before))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_memory_is_estimated_from_symbols_of_several_integers(bits):
+    rows, columns = 256, 512
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(1, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    integers[torch.rand(rows, columns, generator=generator) < 0.8] = 0
+    stored, _ = encode("a.weight_packed", pack_to_int32(integers, bits), "coded")
+    assert stored.layout.symbol_bits == 8
+    scales = TensorEntry(name="a.weight_scale", encoding="dense", dtype="bfloat16", shape=(rows, 4), sparsity=0.0)
+    others = {stored.name: stored, scales.name: scales}
+    packed = elsa_kernels.pack_integers(integers, torch.ones(rows, 4, dtype=torch.bfloat16), bits=bits)
+    assert memory_bytes(stored, bits=bits, scales=others) == pytest.approx(packed.numel(), rel=0.05)
+    assert memory_bytes(scales, bits=bits, scales=others) == 0 and memory_bytes(scales) == scales.dense_bytes
+    for entry, known in ((stored, {}), (replace(stored, encoding="bitmask"), others)):
+        assert memory_bytes(entry, bits=bits, scales=known) is None
+    assert memory_bytes(stored, scales=others) is None
+    whole = replace(stored, encoding="dense", layout=None)
+    assert memory_bytes(whole, bits=bits, scales=others) >= rows * columns * bits // 8
+
+
+def test_bits_of_a_configuration():
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": _W4}},
+    }
+    assert bits_of(config) == 4 and bits_of(None) is None and bits_of({"quant_method": "gptq"}) is None
+    assert bits_of(config | {"config_groups": {"a": {"weights": _W4}, "b": {"weights": _WEIGHTS}}}) is None
+    assert bits_of(config | {"config_groups": {"a": {"weights": None}}}) is None
+    assert bits_of(config | {"config_groups": [1]}) is None
+    assert bits_of(config | {"config_groups": {"a": {"weights": {"num_bits": [4]}}}}) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
