@@ -15,13 +15,18 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup test serve-test lint mutants demo benchmarks serve-benchmarks clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.kernels
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "Python 3.10 to 3.12 is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# A copy, as a C++ library is built with it; made again when a source changes.
+$(VENV)/.kernels: $(VENV)/.ready $(shell find kernels -type f -not -name '*.pyc')
+	$(BIN)/pip install --quiet --no-deps --force-reinstall ./kernels
 	@touch $@
 
 # The test suite.
