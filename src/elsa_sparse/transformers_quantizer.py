@@ -18,6 +18,7 @@ from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, INTEGERS, kernels
 from elsa_sparse.int8_head import hold_head_dense, hold_head_in_int8
 from elsa_sparse.quantized import IntegerWeight
 from elsa_sparse.sparse_linear import SparseLinear, pack_weight
+from elsa_sparse.transformers_loading import teach_from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,4 +194,6 @@ def _dense_linear(layer: SparseLinear, dtype: torch.dtype | None) -> nn.Linear:
     return linear
 
 
+# Whoever has the configuration can give it, to from_pretrained of a sparse directory among others.
+teach_from_pretrained()
 teach_save_pretrained()

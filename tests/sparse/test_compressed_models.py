@@ -246,6 +246,19 @@ def test_damage_is_an_error(sparse):
         load_sparse(directory, compressed=True)
 
 
+def test_the_configuration_alone_is_enough(sparse):
+    """Without elsa_modifier: a program that only infers has no llm-compressor."""
+    script = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from elsa_sparse import ElsaSparseConfig, SparseLinear\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(sparse())!r}, quantization_config=ElsaSparseConfig())\n"
+        "print(sum(isinstance(m, SparseLinear) for m in model.modules()), 'llmcompressor' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "15 False\n", run.stderr
+
+
 def test_without_the_kernels_it_says_what_to_install(sparse):
     """And everything else works."""
     script = (
