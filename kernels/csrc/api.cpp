@@ -33,8 +33,10 @@ bool in_parallel(int64_t pieces, Body body) {
         for (int64_t piece; (piece = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.pieces;)
             if (!s.body(piece)) __atomic_store_n(&s.failed, true, __ATOMIC_RELAXED);
     };
-    if (openmp.parallel && pieces > 1) openmp.parallel(work, &shared, 0, 0);
-    else work(&shared);
+    if (openmp.parallel && pieces > 1)
+        openmp.parallel(work, &shared, 0, 0);
+    else
+        work(&shared);
     return !shared.failed;
 }
 
@@ -57,8 +59,10 @@ int64_t piece_start(const Packed& p, int64_t piece, int64_t pieces) {
     if (work_before(p, high) == 0) return high * piece / pieces;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (work_before(p, middle) < wanted) low = middle + 1;
-        else high = middle;
+        if (work_before(p, middle) < wanted)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return piece ? low : 0;
 }
@@ -81,7 +85,7 @@ struct Input {
     uint8_t* memory = nullptr;
 
     bool prepare(const void* from, Values type, int64_t tokens, int64_t columns, XForm form) {
-        const int64_t padded = columns < REACH ? REACH : (columns + 1) / 2 * 2;
+        const int64_t padded = columns < REACH ? REACH : (columns + 3) / 4 * 4;
         x = from;
         stride = columns;
         if (padded == columns && type == (form == ROWS_FP32 ? FP32 : BF16)) return true;
@@ -92,7 +96,8 @@ struct Input {
         for (int64_t token = 0; token < tokens; token++) {
             uint8_t* to = memory + token * padded * size;
             const uint8_t* row = (const uint8_t*)from + token * columns * (type == FP32 ? 4 : 2);
-            if (size == 2 || type == FP32) __builtin_memcpy(to, row, (size_t)(columns * size));
+            if (size == 2 || type == FP32)
+                __builtin_memcpy(to, row, (size_t)(columns * size));
             else if (type == BF16)
                 for (int64_t i = 0; i < columns; i++) store<float>(to, i, from_bf16(load<uint16_t>(row, i)));
             else
@@ -175,7 +180,7 @@ EXPORT const char* elsa_unpack(const uint8_t* data, int64_t nbytes, void* out, i
     Packed packed;
     if (const char* problem = open_packed(data, nbytes, &packed)) return problem;
     const Product product{&packed, nullptr, 0, 0, out, (Values)type};
-    over_slices(product, unpack_portable);
+    over_slices(product, unpack_kernel(level));
     return nullptr;
 }
 
@@ -185,10 +190,11 @@ EXPORT const char* elsa_pack_count(const void* stored, int64_t values, int64_t r
     PackJob job{};
     job.stored = stored, job.values = values, job.rows = rows, job.columns = columns;
     job.header.rows = rows, job.header.columns = columns, job.header.layout = layout;
-    job.header.group_size = group_size;
+    job.header.group_size = group_size, job.header.values = values;
     job.order = order, job.counts = counts;
-    return in_parallel(job.header.slices(), [&](int64_t slice) { return pack_slices(job, slice, slice + 1); }) ? nullptr
-                                                                                                       : NO_MEMORY;
+    return in_parallel(job.header.slices(), [&](int64_t slice) { return pack_slices(job, slice, slice + 1); })
+               ? nullptr
+               : NO_MEMORY;
 }
 
 // Fills the parts of a packed tensor whose header is there; counts (slices, 3) of all slices before each.

@@ -30,11 +30,30 @@ inline __m512i expand32(__mmask16 mask, const uint8_t* from) {
     __asm__("" : "+v"(all));
     return _mm512_mask_expand_epi32(zero, mask, all);
 }
+inline __m512i expand64(__mmask64 mask, __m512i all, __m512i background) {
+    __asm__("" : "+v"(background));
+    __asm__("" : "+v"(all));
+    return _mm512_mask_expand_epi8(background, mask, all);
+}
+// A mask of the bitmask layout: two int8, or codes of int4, in each 16-bit element.
+template <int64_t V>
+inline __m512i expand_halves(__mmask64 mask, const uint8_t* from) {
+    if (V == INT8) return expand64(mask, _mm512_loadu_si512(from), _mm512_setzero_si512());
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i codes = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
+    return expand64(mask, codes, _mm512_set1_epi8(8));
+}
 // Up to 32 codes of int4, a byte each.
 inline __m256i nibbles(const uint8_t* from) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
     return _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), _mm256_set1_epi8(15));
 }
+// Bytes from what is read to what is fetched into the cache meanwhile. What the processor fetches by itself stops at
+// the end of a page, and comes to two thirds of this.
+#ifndef AH
+#define AH 2048
+#endif
+constexpr int AHEAD = AH;
 inline void prefetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
 template <int64_t V>
@@ -44,9 +63,9 @@ inline int64_t value_bytes(int count) {
 
 // bf16 of the codes 0 to 15 of int4, twice.
 inline __m512i int4_table() {
-    const __m256i half = _mm256_setr_epi16((short)0xC100, (short)0xC0E0, (short)0xC0C0, (short)0xC0A0, (short)0xC080,
-                                           (short)0xC040, (short)0xC000, (short)0xBF80, 0, 0x3F80, 0x4000, 0x4040,
-                                           0x4080, 0x40A0, 0x40C0, 0x40E0);
+    const __m256i half =
+        _mm256_setr_epi16((short)0xC100, (short)0xC0E0, (short)0xC0C0, (short)0xC0A0, (short)0xC080, (short)0xC040,
+                          (short)0xC000, (short)0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
     return _mm512_broadcast_i64x4(half);
 }
 inline __m512i int4_codes(__mmask32 mask, const uint8_t* from) {

@@ -7,7 +7,9 @@
 namespace elsa {
 namespace {
 
-inline __m512 dot(__m512 sum, __m512i weights, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
+inline __m512 dot(__m512 sum, __m512i weights, __m512i x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
+}
 inline __m512i broadcast(const uint16_t* x) {
     int pair;
     __builtin_memcpy(&pair, x, 4);
@@ -17,21 +19,38 @@ inline __m512i broadcast(const uint16_t* x) {
 // An int8 in two bf16, which hold 8 bits: with t its lower 7 bits, (128 + t) - 128, or - 256 if it is negative.
 struct Int8Halves {
     __m512i positive, negative;
-    Int8Halves(__mmask32 mask, const uint8_t* from) {
-        const __m512i bytes = _mm512_cvtepu8_epi16(expand8(mask, from));
+    // In the lower halves of 16-bit elements, whatever is in the upper ones.
+    explicit Int8Halves(__m512i bytes) {
         const int and_or = 0xEA;  // (a & b) | c
         positive = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi16(0x7f), _mm512_set1_epi16(0x4300), and_or);
         negative = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi16(0x80), _mm512_set1_epi16((short)0xC300), and_or);
     }
 };
 
+// sums += two columns of weights times x; integers are in the lower halves of 16-bit elements.
+template <int64_t V, int TOKENS, int CHAINS>
+inline void add_pair(__m512 (&sums)[TOKENS][CHAINS], int chain, __m512i weights, const uint16_t* x, int64_t stride,
+                     __m512i table) {
+    if (V == INT8) {
+        const Int8Halves w(weights);
+        for (int t = 0; t < TOKENS; t++) {
+            const __m512i xs = broadcast(x + t * stride);
+            sums[t][chain] = dot(dot(sums[t][chain], w.positive, xs), w.negative, xs);
+        }
+    } else {
+        const __m512i w = V == BF16 ? weights : _mm512_permutexvar_epi16(weights, table);
+        for (int t = 0; t < TOKENS; t++) sums[t][chain] = dot(sums[t][chain], w, broadcast(x + t * stride));
+    }
+}
+
 template <int64_t V, int TOKENS>
 inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) {
     const Packed& p = *product.weight;
     const Header& h = p.h;
-    const int64_t stride = product.stride, pairs = h.pairs(), groups = h.groups();
+    constexpr int WIDTH = V == BF16 ? 2 : 4, MASK_NBYTES = V == BF16 ? 4 : 8;
+    const int64_t stride = product.stride, slice_masks = h.slice_masks(), groups = h.groups();
     const uint16_t* x = (const uint16_t*)product.x + token * stride;
-    const uint8_t* masks = p.masks + 4 * slice * pairs;
+    const uint8_t* masks = p.masks + MASK_NBYTES * slice * slice_masks;
     const uint8_t* values = p.values + load<int64_t>(p.value_offsets, slice * h.segments());
     const __m512i table = int4_table();
     __m512 total[TOKENS];
@@ -39,36 +58,33 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
     // A sum of its own for neighbouring pairs hides the latency of dot.
     constexpr int CHAINS = TOKENS >= 4 ? 1 : TOKENS == 2 ? 2 : 4;
     for (int64_t group = 0; group < groups; group++) {
-        const int64_t end = group + 1 == groups ? pairs : (group + 1) * h.group_size / 2;
+        const int64_t end = group + 1 == groups ? slice_masks : (group + 1) * h.group_size / WIDTH;
         __m512 sums[TOKENS][CHAINS];
         for (auto& of_token : sums)
             for (__m512& sum : of_token) sum = _mm512_setzero_ps();
-        auto step = [&](int64_t pair, int chain) __attribute__((always_inline)) {
-            const uint32_t mask = load<uint32_t>(masks, pair);
-            const int count = __builtin_popcount(mask);
-            const uint16_t* at = x + 2 * pair;
-            if (V == INT8) {
-                const Int8Halves w(mask, values);
-                for (int t = 0; t < TOKENS; t++) {
-                    const __m512i xs = broadcast(at + t * stride);
-                    sums[t][chain] = dot(dot(sums[t][chain], w.positive, xs), w.negative, xs);
-                }
+        auto step = [&](int64_t i, int chain) __attribute__((always_inline)) {
+            const uint16_t* at = x + WIDTH * i;
+            if (V == BF16) {
+                const uint32_t mask = load<uint32_t>(masks, i);
+                add_pair<V>(sums, chain % CHAINS, expand16(mask, values), at, stride, table);
+                values += value_bytes<V>(__builtin_popcount(mask));
             } else {
-                const __m512i w = V == BF16 ? expand16(mask, values)
-                                            : _mm512_permutexvar_epi16(int4_codes(mask, values), table);
-                for (int t = 0; t < TOKENS; t++) sums[t][chain] = dot(sums[t][chain], w, broadcast(at + t * stride));
+                const uint64_t mask = load<uint64_t>(masks, i);
+                const __m512i halves = expand_halves<V>(mask, values);
+                add_pair<V>(sums, 2 * chain % CHAINS, halves, at, stride, table);
+                add_pair<V>(sums, (2 * chain + 1) % CHAINS, _mm512_srli_epi16(halves, 8), at + 2, stride, table);
+                values += value_bytes<V>(__builtin_popcountll(mask));
             }
-            values += value_bytes<V>(count);
         };
-        int64_t pair = group * h.group_size / 2;
-        for (; pair + 4 <= end; pair += 4) {
-            prefetch(values + 1024);
-            prefetch(values + 1088);
-            prefetch(masks + 4 * pair + 512);
+        int64_t i = group * h.group_size / WIDTH;
+        for (; i + 4 <= end; i += 4) {
+            prefetch(values + AHEAD);
+            if (V != INT4) prefetch(values + AHEAD + 64);
+            prefetch(masks + MASK_NBYTES * i + AHEAD / 2);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) step(pair + i, i % CHAINS);
+            for (int k = 0; k < 4; k++) step(i + k, k);
         }
-        for (; pair < end; pair++) step(pair, 0);
+        for (; i < end; i++) step(i, 0);
         const __m512 scales = V == BF16 ? _mm512_set1_ps(1.0f) : scales_of(p, slice, group);
         for (int t = 0; t < TOKENS; t++) {
             for (int chain = 1; chain < CHAINS; chain++) sums[t][0] = _mm512_add_ps(sums[t][0], sums[t][chain]);
@@ -76,8 +92,7 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
         }
     }
     const Rows rows(p, slice);
-    for (int t = 0; t < TOKENS; t++)
-        rows.put((uint8_t*)product.y + 2 * (token + t) * h.rows, product.y_type, total[t]);
+    for (int t = 0; t < TOKENS; t++) rows.put((uint8_t*)product.y + 2 * (token + t) * h.rows, product.y_type, total[t]);
 }
 
 template <int64_t V, int TOKENS>
@@ -97,8 +112,8 @@ inline void window_slice(const Product& product, int64_t slice, int64_t token) {
         const int64_t end = load<uint32_t>(p.step_offsets, slice * blocks + block);
         for (__m512& sum : sums) sum = _mm512_setzero_ps();
         for (; step < end; step++) {
-            prefetch(values + 1024);
-            prefetch(indices + 512);
+            prefetch(values + AHEAD);
+            prefetch(indices + AHEAD / 2);
             const uint32_t mask = load<uint32_t>(p.masks, step);
             const uint16_t* at = x + load<uint16_t>(p.bases, step);
             const int count = __builtin_popcount(mask);
@@ -108,14 +123,14 @@ inline void window_slice(const Product& product, int64_t slice, int64_t token) {
                 return _mm512_permutex2var_epi16(_mm512_loadu_si512(reach), index, _mm512_loadu_si512(reach + 32));
             };
             if (V == INT8) {
-                const Int8Halves w(mask, values);
+                const Int8Halves w(_mm512_cvtepu8_epi16(expand8(mask, values)));
                 for (int t = 0; t < TOKENS; t++) {
                     const __m512i xs = look_up(t);
                     sums[t] = dot(dot(sums[t], w.positive, xs), w.negative, xs);
                 }
             } else {
-                const __m512i w = V == BF16 ? expand16(mask, values)
-                                            : _mm512_permutexvar_epi16(int4_codes(mask, values), table);
+                const __m512i w =
+                    V == BF16 ? expand16(mask, values) : _mm512_permutexvar_epi16(int4_codes(mask, values), table);
                 for (int t = 0; t < TOKENS; t++) sums[t] = dot(sums[t], w, look_up(t));
             }
             indices += count;
@@ -126,14 +141,15 @@ inline void window_slice(const Product& product, int64_t slice, int64_t token) {
         from = h.next_boundary(from);
     }
     const Rows rows(p, slice);
-    for (int t = 0; t < TOKENS; t++)
-        rows.put((uint8_t*)product.y + 2 * (token + t) * h.rows, product.y_type, total[t]);
+    for (int t = 0; t < TOKENS; t++) rows.put((uint8_t*)product.y + 2 * (token + t) * h.rows, product.y_type, total[t]);
 }
 
 template <int64_t V, int TOKENS>
 inline void slice_of(const Product& product, int64_t slice, int64_t token) {
-    if (product.weight->h.layout == BITMASK) bitmask_slice<V, TOKENS>(product, slice, token);
-    else window_slice<V, TOKENS>(product, slice, token);
+    if (product.weight->h.layout == BITMASK)
+        bitmask_slice<V, TOKENS>(product, slice, token);
+    else
+        window_slice<V, TOKENS>(product, slice, token);
 }
 
 template <int64_t V>
@@ -152,9 +168,12 @@ bool all(const Product& product, int64_t first, int64_t last) {
 
 bool avx512_bf16(const Product& product, int64_t first, int64_t last) {
     switch (product.weight->h.values) {
-        case BF16: return all<BF16>(product, first, last);
-        case INT8: return all<INT8>(product, first, last);
-        default: return all<INT4>(product, first, last);
+        case BF16:
+            return all<BF16>(product, first, last);
+        case INT8:
+            return all<INT8>(product, first, last);
+        default:
+            return all<INT4>(product, first, last);
     }
 }
 

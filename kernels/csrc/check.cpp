@@ -15,8 +15,8 @@ static const char* contradiction(const Header& h) {
     if (quantized ? h.group_size < 1 || h.group_size > h.columns : h.group_size != 0) return "group_size";
     if (h.steps < 0 || h.steps >= limit || h.value_nbytes < 0 || h.value_nbytes >= (int64_t)1 << 40) return "steps";
     if (h.layout == CSR && h.steps) return "steps";
-    if (h.layout == BITMASK && h.steps != h.slices() * h.pairs()) return "number of masks";
-    if (h.layout == BITMASK && quantized && h.group_size < h.columns && h.group_size % 2) return "group_size";
+    if (h.layout == BITMASK && h.steps != h.slices() * h.slice_masks()) return "number of masks";
+    if (h.layout == BITMASK && quantized && h.group_size < h.columns && h.group_size % 4) return "group_size";
     if (h.layout == WINDOW && h.columns > 1 << 16) return "columns";
     for (int64_t unused : h.unused)
         if (unused) return "unused fields";
@@ -48,7 +48,7 @@ const char* open_packed(const uint8_t* data, int64_t nbytes, Packed* packed) {
             packed->step_offsets = part(4 * (slices * h.blocks() + 1));
             packed->kept_offsets = part(4 * (slices * h.segments() + 1));
         }
-        packed->masks = part(4 * h.steps);
+        packed->masks = part(h.mask_nbytes() * h.steps);
         if (h.layout == WINDOW) {
             packed->bases = part(2 * h.steps);
             packed->indices = part(h.kept);
@@ -58,6 +58,13 @@ const char* open_packed(const uint8_t* data, int64_t nbytes, Packed* packed) {
     packed->scales = part(scale_nbytes * h.groups() * (h.layout == CSR ? h.rows : SLICE * slices));
     if (at + 64 != h.nbytes || nbytes != h.nbytes) return "number of bytes";
     return nullptr;
+}
+
+// Without an instruction for it the compiler would call its run-time library.
+static int popcount(uint64_t bits) {
+    int count = 0;
+    for (; bits; bits &= bits - 1) count++;
+    return count;
 }
 
 static int64_t value_bytes(int64_t values, int64_t count) {
@@ -105,27 +112,33 @@ static const char* check_order(const Packed& p) {
     return twice ? "order of rows" : nullptr;
 }
 
-// Bits of a mask that stand for lanes past the last row.
-static uint32_t empty_lanes(const Packed& p, int64_t slice) {
-    uint32_t bits = 0;
-    for (int lane = 0; lane < SLICE; lane++)
-        if (load<uint32_t>(p.order, slice * SLICE + lane) == NO_ROW) bits |= 3u << (2 * lane);
+// Bits of a mask that stand for lanes past the last row, and with `columns` for columns past the last.
+static uint64_t empty_bits(const Packed& p, int64_t slice, int width, bool quantized, int64_t columns) {
+    uint64_t bits = 0;
+    for (int lane = 0; lane < SLICE; lane++) {
+        const bool empty = load<uint32_t>(p.order, slice * SLICE + lane) == NO_ROW;
+        for (int column = 0; column < width; column++)
+            if (empty || column >= columns) bits |= (uint64_t)1 << mask_bit(quantized, lane, column);
+    }
     return bits;
 }
 
 static const char* check_bitmask(const Packed& p) {
     const Header& h = p.h;
+    const bool quantized = h.quantized();
+    const int width = (int)h.mask_columns();
     int64_t kept = 0, bytes = 0;
     for (int64_t slice = 0; slice < h.slices(); slice++) {
-        const uint32_t empty = empty_lanes(p, slice);
-        for (int64_t pair = 0; pair < h.pairs(); pair++) {
-            if (2 * pair % SEGMENT == 0 &&
-                load<int64_t>(p.value_offsets, slice * h.segments() + 2 * pair / SEGMENT) != bytes)
+        uint64_t empty = empty_bits(p, slice, width, quantized, width);
+        for (int64_t i = 0; i < h.slice_masks(); i++) {
+            const int64_t column = i * width, at = slice * h.slice_masks() + i;
+            if (column % SEGMENT == 0 &&
+                load<int64_t>(p.value_offsets, slice * h.segments() + column / SEGMENT) != bytes)
                 return "offsets of values";
-            const uint32_t mask = load<uint32_t>(p.masks, slice * h.pairs() + pair);
+            if (column + width > h.columns) empty = empty_bits(p, slice, width, quantized, h.columns - column);
+            const uint64_t mask = quantized ? load<uint64_t>(p.masks, at) : load<uint32_t>(p.masks, at);
             if (mask & empty) return "masks";
-            if (2 * pair + 1 == h.columns && mask & 0xaaaaaaaa) return "masks";
-            const int count = __builtin_popcount(mask);
+            const int count = popcount(mask);
             kept += count;
             bytes += value_bytes(h.values, count);
         }
@@ -139,10 +152,10 @@ static const char* check_window(const Packed& p) {
     const int64_t slices = h.slices(), segments = h.segments(), blocks = h.blocks();
     int64_t kept = 0, bytes = 0, step = 0;
     for (int64_t slice = 0; slice < slices; slice++) {
-        const uint32_t empty = empty_lanes(p, slice);
+        const uint64_t empty = empty_bits(p, slice, 2, false, 2);
         int64_t last[SLICE];
         for (int64_t& column : last) column = -1;
-        int64_t block = slice * blocks;
+        int64_t block = slice * blocks, last_base = 0;
         for (int64_t from = 0; from < h.columns; block++) {
             const int64_t to = h.next_boundary(from);
             if (from % SEGMENT == 0) {
@@ -156,9 +169,10 @@ static const char* check_window(const Packed& p) {
             for (; step < end; step++) {
                 const uint32_t mask = load<uint32_t>(p.masks, step);
                 const int64_t base = load<uint16_t>(p.bases, step);
-                const int count = __builtin_popcount(mask);
+                const int count = popcount(mask);
                 if (mask & empty) return "masks";
-                if (base && base + REACH > h.columns) return "bases";
+                if (base < last_base || (base && base + REACH > h.columns)) return "bases";
+                last_base = base;
                 if (kept + count > h.kept) return "number of kept weights";
                 for (uint32_t left = mask; left; left &= left - 1) {
                     const int lane = __builtin_ctz(left) / 2;

@@ -12,6 +12,11 @@
 
 namespace elsa {
 
+// From how many tokens on the tiles of AMX are faster than a lane a row.
+constexpr int64_t AMX_BITMASK_TOKENS = 2, AMX_WINDOW_TOKENS = 24;
+// From how many tokens on unpacking the weight and a dense product are faster.
+constexpr int64_t DENSE_BF16_TOKENS = 64, DENSE_FP32_TOKENS = 32, DENSE_PLAIN_TOKENS = 8;
+
 #if defined(ELSA_X86) && defined(ELSA_WITH_AMX) && defined(__linux__)
 // The processor has tiles of bf16, and the system lets this process use them.
 static bool has_amx() {
@@ -42,23 +47,32 @@ Level best_level() {
     return PORTABLE;
 }
 
+Kernel unpack_kernel(Level level) {
+#if defined(ELSA_WITH_AVX2)
+    if (level >= AVX2) return unpack_avx2;
+#endif
+    (void)level;
+    return unpack_portable;
+}
+
 Plan plan(Level level, const Header& weight, Values x_type, int64_t tokens) {
-    const bool bf16 = x_type == BF16 && weight.values != FP16 && weight.values != FP32;
-    (void)bf16;
-    (void)tokens;
 #if defined(ELSA_WITH_AVX512)
     if (level >= AVX512 && weight.layout != CSR) {
+        if (x_type != BF16 || weight.values == FP16 || weight.values == FP32)
+            return {tokens < DENSE_FP32_TOKENS ? avx512_fp32 : nullptr, ROWS_FP32};
 #if defined(ELSA_WITH_AMX)
-        if (level == AMX && bf16 && tokens >= 3) return {amx_bf16, TILES};
+        if (level == AMX && tokens >= (weight.layout == BITMASK ? AMX_BITMASK_TOKENS : AMX_WINDOW_TOKENS))
+            return {amx_bf16, TILES};
 #endif
-        if (bf16) return {avx512_bf16, ROWS_BF16};
-        return {tokens < 32 ? avx512_fp32 : nullptr, ROWS_FP32};
+        return {level == AMX || tokens < DENSE_BF16_TOKENS ? avx512_bf16 : nullptr, ROWS_BF16};
     }
 #endif
-    if (tokens >= 32) return {nullptr, ROWS_FP32};
+    (void)x_type;
+    if (tokens >= DENSE_PLAIN_TOKENS) return {nullptr, ROWS_FP32};
 #if defined(ELSA_WITH_AVX2)
     if (level >= AVX2) return {avx2, ROWS_FP32};
 #endif
+    (void)level;
     return {portable, ROWS_FP32};
 }
 

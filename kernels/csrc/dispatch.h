@@ -15,6 +15,8 @@ struct Plan {
 
 // The best that this build has and this processor and its system can run.
 Level best_level();
+// y = the dense weight.
+Kernel unpack_kernel(Level level);
 Plan plan(Level level, const Header& weight, Values x_type, int64_t tokens);
 
 }  // namespace elsa

@@ -38,11 +38,16 @@ static inline uint16_t to_fp16(float value) {
 
 static inline float load_value(const uint8_t* values, int64_t type, int64_t index) {
     switch (type) {
-        case BF16: return from_bf16(load<uint16_t>(values, index));
-        case FP16: return from_fp16(load<uint16_t>(values, index));
-        case FP32: return load<float>(values, index);
-        case INT8: return (float)load<int8_t>(values, index);
-        default: return (float)((int)(values[index >> 1] >> (4 * (index & 1)) & 15) - 8);
+        case BF16:
+            return from_bf16(load<uint16_t>(values, index));
+        case FP16:
+            return from_fp16(load<uint16_t>(values, index));
+        case FP32:
+            return load<float>(values, index);
+        case INT8:
+            return (float)load<int8_t>(values, index);
+        default:
+            return (float)((int)(values[index >> 1] >> (4 * (index & 1)) & 15) - 8);
     }
 }
 // Codes of scales are those of bf16, fp16 and fp32.
@@ -50,9 +55,12 @@ static inline float load_scale(const uint8_t* scales, int64_t type, int64_t inde
     return type ? load_value(scales, type, index) : 1.0f;
 }
 static inline void store_float(void* to, Values type, int64_t index, float value) {
-    if (type == BF16) store<uint16_t>((uint8_t*)to, index, to_bf16(value));
-    else if (type == FP16) store<uint16_t>((uint8_t*)to, index, to_fp16(value));
-    else store<float>((uint8_t*)to, index, value);
+    if (type == BF16)
+        store<uint16_t>((uint8_t*)to, index, to_bf16(value));
+    else if (type == FP16)
+        store<uint16_t>((uint8_t*)to, index, to_fp16(value));
+    else
+        store<float>((uint8_t*)to, index, value);
 }
 
 }  // namespace elsa

@@ -19,7 +19,8 @@ static inline uint32_t element(const PackJob& job, int64_t row, int64_t column) 
             const uint32_t bits = load<uint32_t>(from, at);
             return bits & 0x7fffffff ? bits : 0;
         }
-        default: return from[at];
+        default:
+            return from[at];
     }
 }
 
@@ -91,20 +92,25 @@ struct Slice {
 
 void pack_bitmask(Slice& s) {
     const PackJob& job = s.job;
-    for (int64_t pair = 0; pair < job.header.pairs(); pair++) {
-        if (job.target && 2 * pair % SEGMENT == 0) s.start_segment(2 * pair);
-        uint32_t mask = 0;
-        for (int slot = 0; slot < 2 * SLICE; slot++) {
-            const int64_t row = s.rows[slot / 2], column = 2 * pair + slot % 2;
+    const bool quantized = job.header.quantized();
+    const int width = (int)job.header.mask_columns();
+    for (int64_t first = 0; first < job.columns; first += width) {
+        if (job.target && first % SEGMENT == 0) s.start_segment(first);
+        uint64_t mask = 0;
+        for (int bit = 0; bit < width * SLICE; bit++) {
+            const int64_t row = s.rows[bit / width], column = first + column_of_bit(quantized, bit);
             if (row < 0 || column >= job.columns) continue;
             const uint32_t bits = element(job, row, column);
             if (!bits) continue;
-            mask |= 1u << slot;
+            mask |= (uint64_t)1 << bit;
             s.kept++;
             s.writer.put(bits);
         }
         s.writer.end_mask();
-        if (job.target) store<uint32_t>((uint8_t*)job.target->masks, s.steps, mask);
+        if (job.target && quantized)
+            store<uint64_t>((uint8_t*)job.target->masks, s.steps, mask);
+        else if (job.target)
+            store<uint32_t>((uint8_t*)job.target->masks, s.steps, (uint32_t)mask);
         s.steps++;
     }
 }
@@ -172,8 +178,10 @@ bool pack_slices(const PackJob& job, int64_t first, int64_t last) {
     }
     for (int64_t index = first; index < last; index++) {
         Slice slice(job, index);
-        if (scratch) pack_window(slice, scratch);
-        else pack_bitmask(slice);
+        if (scratch)
+            pack_window(slice, scratch);
+        else
+            pack_bitmask(slice);
         slice.finish();
     }
     __builtin_free(scratch);

@@ -38,7 +38,7 @@ class Layout(IntEnum):
     CSR = 1
     """Offsets of rows and a column for each kept weight."""
     BITMASK = 2
-    """Slices of 16 rows; for each pair of columns a bit for each of the 32 weights."""
+    """Slices of 16 rows; a bit for each weight of 2 columns (of 4, if integers) in a mask."""
     WINDOW = 3
     """Slices of 16 rows; steps of at most two weights a row, all within 64 columns."""
 
@@ -57,7 +57,7 @@ class Header:
     scales: int
     """Code of the scales' dtype; 0 where there are none."""
     steps: int
-    """Masks stored: of the window layout, or slices times pairs of columns of the bitmask layout; 0 in CSR."""
+    """Masks stored: of the window layout, or of the bitmask layout; 0 in CSR."""
     value_nbytes: int
     nbytes: int
     """Of the whole packed tensor."""
@@ -72,9 +72,14 @@ class Header:
         return -(-self.columns // self.group_size) if self.group_size else 1
 
     @property
-    def pairs(self) -> int:
-        """Pairs of columns; an odd last one has one column."""
-        return -(-self.columns // 2)
+    def mask_columns(self) -> int:
+        """Columns that a mask of the bitmask layout has bits for: 32 bits for floating point, 64 for integers."""
+        return 4 if self.group_size else 2
+
+    @property
+    def slice_masks(self) -> int:
+        """Masks of a slice in the bitmask layout."""
+        return -(-self.columns // self.mask_columns)
 
     @property
     def segments(self) -> int:
@@ -106,7 +111,7 @@ class Header:
         entries = self.slices * self.segments + 1
         shared = {"order": 4 * SLICE * self.slices, "value_offsets": 8 * entries}
         if self.layout == Layout.BITMASK:
-            positions = {"masks": 4 * self.steps}
+            positions = {"masks": 2 * self.mask_columns * self.steps}
         else:
             positions = {
                 "step_offsets": 4 * (self.slices * self.blocks + 1),
@@ -189,10 +194,10 @@ def _contradiction(h: Header, unused: list[int], nbytes: int) -> str | None:
         return f"steps {h.steps}, bytes of values {h.value_nbytes}"
     if h.layout == Layout.CSR and h.steps:
         return f"{h.steps} steps in CSR"
-    if h.layout == Layout.BITMASK and h.steps != h.slices * -(-h.columns // 2):
+    if h.layout == Layout.BITMASK and h.steps != h.slices * h.slice_masks:
         return f"{h.steps} masks for {h.rows} x {h.columns}"
-    if h.layout == Layout.BITMASK and quantized and h.group_size < h.columns and h.group_size % 2:
-        return f"group_size {h.group_size} splits a pair of columns"
+    if h.layout == Layout.BITMASK and quantized and h.group_size < h.columns and h.group_size % 4:
+        return f"group_size {h.group_size} splits a mask"
     if h.layout == Layout.WINDOW and h.columns > 1 << 16:
         return f"{h.columns} columns in the window layout"
     if any(unused):

@@ -87,9 +87,7 @@ def pack_integers(
 
 def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> Layout:
     """The layout that pack chooses on this machine; the crossovers were measured: docs/kernels.md."""
-    # A group that splits a pair of columns would have two scales in a vector.
-    has_bitmask = group_size in (0, columns) or group_size % 2 == 0
-    has_window = columns <= 1 << 16
+    has_bitmask, has_window = _has_bitmask(columns, group_size), columns <= MOST_WINDOW_COLUMNS
     density = kept / (rows * columns)
     if library.backend().startswith("avx512"):
         if has_bitmask and (density > WINDOW_DENSITY[values] or not has_window):
@@ -109,8 +107,9 @@ def packed_nbytes(
     return _header(layout, rows, columns, kept, values, group_size, 2 if group_size else 0).nbytes
 
 
+MOST_WINDOW_COLUMNS = 1 << 16
 # Denser weights are faster as bitmasks.
-WINDOW_DENSITY: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.12, "int4": 0.12}
+WINDOW_DENSITY: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.15, "int4": 0.15}
 
 
 def _pack(stored: Tensor, scales: Tensor | None, values: Values, group_size: int, layout: Layout | None) -> Tensor:
@@ -131,6 +130,12 @@ def _pack_slices(stored: Tensor, scales: Tensor | None, values: Values, group_si
     if compiled is None:
         raise ValueError(f"layout is {layout.name.lower()}, which the compiled library packs; without it there is csr")
     rows, columns = stored.shape
+    if layout == Layout.BITMASK and not _has_bitmask(columns, group_size):
+        raise ValueError(
+            f"group_size is {group_size}; in the bitmask layout it must be a multiple of 4, or all columns"
+        )
+    if layout == Layout.WINDOW and columns > MOST_WINDOW_COLUMNS:
+        raise ValueError(f"weight has {columns} columns; the window layout has at most {MOST_WINDOW_COLUMNS}")
     lanes = -(-rows // SLICE) * SLICE
     order = torch.full((lanes,), -1, dtype=torch.int32)
     order[:rows] = _order(stored)
@@ -146,6 +151,11 @@ def _pack_slices(stored: Tensor, scales: Tensor | None, values: Values, group_si
     packed = header.build(parts)
     compiled.pack_store(stored, order, counts.cumsum(0) - counts, packed)
     return packed
+
+
+def _has_bitmask(columns: int, group_size: int) -> bool:
+    """A group that splits a mask would put two scales into a vector."""
+    return group_size in (0, columns) or group_size % 4 == 0
 
 
 def _order(stored: Tensor) -> Tensor:
@@ -177,7 +187,11 @@ def _header(
     bits = {"bf16": 16, "fp16": 16, "fp32": 32, "int8": 8, "int4": 4}[values]
     slices = -(-rows // SLICE)
     if steps is None:
-        steps = {Layout.CSR: 0, Layout.BITMASK: slices * -(-columns // 2), Layout.WINDOW: -(-kept // 26)}[layout]
+        steps = {
+            Layout.CSR: 0,
+            Layout.BITMASK: slices * -(-columns // (4 if group_size else 2)),
+            Layout.WINDOW: -(-kept // 26),
+        }[layout]
     return Header(
         rows=rows,
         columns=columns,

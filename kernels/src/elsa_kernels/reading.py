@@ -109,11 +109,12 @@ def _csr(packed: Tensor, h: Header) -> Coordinates:
 
 def _slots(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of kept weights; the block (slices, blocks) of each step; each kept weight's (step, place in its mask)."""
-    masks = h.part(packed, "masks", torch.int32)
-    slots = ((masks[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).nonzero()
+    wide = h.layout == Layout.BITMASK and h.mask_columns == 4
+    masks = h.part(packed, "masks", torch.int64 if wide else torch.int32)
+    slots = ((masks[:, None] >> torch.arange(64 if wide else 32, dtype=masks.dtype)) & 1).nonzero()
     _require(slots.shape[0] == h.kept, "masks")
     if h.layout == Layout.BITMASK:
-        step_blocks = torch.arange(h.slices).repeat_interleave(h.pairs)
+        step_blocks = torch.arange(h.slices).repeat_interleave(h.slice_masks)
     else:
         offsets = h.part(packed, "step_offsets", torch.int32).long()
         fits = int(offsets[0]) == 0 and int(offsets[-1]) == h.steps and bool((offsets.diff() >= 0).all())
@@ -121,16 +122,19 @@ def _slots(packed: Tensor, h: Header) -> tuple[Tensor, Tensor, Tensor]:
         step_blocks = torch.repeat_interleave(torch.arange(h.slices * h.blocks), offsets.diff())
     order = h.part(packed, "order", torch.int32).long()
     _require(torch.equal(order[order != -1].sort().values, torch.arange(h.rows)), "order of rows")
-    steps_a_slice = 1 if h.layout == Layout.BITMASK else h.blocks
-    rows = order[step_blocks[slots[:, 0]] // steps_a_slice * SLICE + slots[:, 1] // 2]
+    slices = step_blocks if h.layout == Layout.BITMASK else step_blocks // h.blocks
+    rows = order[slices[slots[:, 0]] * SLICE + slots[:, 1] // (4 if wide else 2)]
     _require(bool((rows >= 0).all()), "masks")
     return rows, step_blocks, slots
 
 
 def _bitmask(packed: Tensor, h: Header, rows: Tensor, slots: Tensor) -> Coordinates:
-    columns = slots[:, 0] % h.pairs * 2 + slots[:, 1] % 2
+    width, bit = h.mask_columns, slots[:, 1]
+    within = bit % 2 if width == 2 else 2 * (bit % 2) + bit // 2 % 2
+    columns = slots[:, 0] % h.slice_masks * width + within
     _require(bool((columns < h.columns).all()), "masks")
-    entries = torch.arange(0, h.pairs, SEGMENT // 2)[None] + torch.arange(h.slices)[:, None] * h.pairs
+    firsts = torch.arange(0, h.slice_masks, SEGMENT // width)
+    entries = firsts[None] + torch.arange(h.slices)[:, None] * h.slice_masks
     values, ends, _ = _values_by_mask(packed, h, slots)
     _require_offsets(packed, h, "value_offsets", torch.int64, ends, entries.flatten())
     return rows, columns, values
@@ -140,6 +144,8 @@ def _window(packed: Tensor, h: Header, rows: Tensor, step_blocks: Tensor, slots:
     bases = h.part(packed, "bases", torch.int16).long() & 0xFFFF
     indices = h.part(packed, "indices", torch.uint8).long()
     _require(bool(((bases == 0) | (bases + REACH <= h.columns)).all()), "bases")
+    slices = step_blocks // h.blocks
+    _require(bool((bases.diff()[slices.diff() == 0] >= 0).all()), "bases")
     columns = bases[slots[:, 0]] + indices
     starts = torch.tensor([*h.boundaries, h.columns])
     block = step_blocks[slots[:, 0]] % h.blocks
