@@ -41,12 +41,13 @@ def dense_reason(vllm_config: Any) -> tuple[int, str] | None:
     return None
 
 
-def with_compression(vllm_config: Any, table: Any) -> tuple[Any, Savings] | None:
+def with_compression(vllm_config: Any, table: Any, values: str | None) -> tuple[Any, Savings] | None:
     """A copy of vLLM's configuration with which a model's linear layers come out compressed, and what they will save.
 
     None if the layers are quantized in a way that leaves nothing to compress.
 
     :param table: what ``config.json`` says of the sparse checkpoint, which stands for all its weights
+    :param values: ``"int8"`` or ``"int4"`` rounds kept weights that are not integers; None keeps them as they are
     """
     from elsa_sparse.vllm_integers import SparseCompressedTensorsConfig
     from elsa_sparse.vllm_internals import CompressedTensorsConfig
@@ -61,9 +62,10 @@ def with_compression(vllm_config: Any, table: Any) -> tuple[Any, Savings] | None
     elif not isinstance(quant_config, SparseConfig):
         return None
     savings = quant_config.savings = Savings()
+    quant_config.values = values
     config = copy.copy(vllm_config)
     config.quant_config = quant_config
-    identity = json.dumps([table, kernels_identity()], sort_keys=True)
+    identity = json.dumps([table, values, kernels_identity()], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
     config.additional_config = vllm_config.additional_config | {"elsa_sparse": digest}
     return config, savings

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from elsa_sparse.quantized import unpack_int32
 from elsa_sparse.vllm_internals import (
     ALREADY_PROCESSED,
     ChannelQuantScaleParameter,
@@ -29,20 +30,21 @@ from elsa_sparse.vllm_internals import (
 from elsa_sparse.vllm_method import SparseLinearMethod
 from elsa_sparse.vllm_packing import Savings, keep_packed, pack_integers
 
-__all__ = ["SparseCompressedTensorsConfig", "SparseIntegersMethod", "unpack_int32"]
+__all__ = ["SparseCompressedTensorsConfig", "SparseIntegersMethod"]
 
 
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
     """vLLM's configuration of compressed-tensors, but for linear layers that are compressed."""
 
     savings: Savings
+    values: str | None
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         method = super().get_quant_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return method
         if type(method) is UnquantizedLinearMethod:
-            return SparseLinearMethod(self.savings)
+            return SparseLinearMethod(self.savings, self.values)
         if type(method) is CompressedTensorsLinearMethod and _is_symmetric_integers(layer.scheme):
             return SparseIntegersMethod(layer.scheme, self.savings)
         return method
@@ -164,16 +166,3 @@ class SparseIntegersMethod(LinearMethodBase):
 
 def _ignore(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
     """A weight loader for what is known already."""
-
-
-def unpack_int32(stored: Tensor, bits: Literal[4, 8], columns: int) -> Tensor:
-    """Signed integers out of int32, as compressed-tensors packs them: lowest bits first, with half the range added.
-
-    :param stored: (rows, words) int32
-    :param columns: of the result, at most words * 32 / bits
-    :return: (rows, columns) int8
-    """
-    unsigned = stored.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), -1).flatten(-2)
-    return (unsigned[:, :columns].to(torch.int16) - (1 << bits - 1)).to(torch.int8)

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, SparseCheckpoint
+from elsa_sparse.compression_rule import INTEGERS
 from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.vllm_compressed import dense_reason, version_problem, with_compression
 from elsa_sparse.vllm_packing import Savings
@@ -29,7 +30,7 @@ __all__ = ["LOAD_FORMAT", "SWITCH", "SparseModelLoader", "register"]
 
 LOAD_FORMAT = "elsa-sparse"
 SWITCH = "compressed"
-"""Key of ``--model-loader-extra-config``: false keeps weights dense in memory."""
+"""Key of ``--model-loader-extra-config``: false keeps weights dense in memory, a name of integers rounds them."""
 
 # Only vLLM's own loggers are set up to print.
 logger = init_logger("vllm.elsa_sparse")
@@ -39,17 +40,18 @@ class SparseModelLoader(DefaultModelLoader):
     """vLLM's default loader, but for sparse checkpoints, which it recognises by their ``config.json``.
 
     :param load_config: with load format ``elsa-sparse`` the checkpoint has to be sparse; with ``auto`` it may be
-    :raises ValueError: if the switch in its extra configuration is neither true nor false
+    :raises ValueError: if the switch in its extra configuration is none of what it may be
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
         self._only_sparse = load_config.load_format == LOAD_FORMAT
         extra = load_config.model_loader_extra_config
         self._compressed = extra.get(SWITCH, True) if isinstance(extra, dict) else True
-        if not isinstance(self._compressed, bool):
+        if not isinstance(self._compressed, bool) and self._compressed not in INTEGERS:
             raise ValueError(
                 f"--model-loader-extra-config: {SWITCH} is {self._compressed!r}; allowed are true (pruned weights stay "
-                "compressed in memory where that can be done) and false (dense)"
+                f"compressed in memory where that can be done), false (dense), and {' or '.join(map(repr, INTEGERS))} "
+                "(compressed, and what is kept is rounded)"
             )
         self._savings: Savings | None = None
         changed: dict[str, Any] = {}
@@ -65,8 +67,10 @@ class SparseModelLoader(DefaultModelLoader):
             if reason := dense_reason(vllm_config):
                 level, text = reason
                 logger.log(level, "Serving the sparse checkpoint %s dense: %s", model_config.model, text)
-            elif changed := with_compression(vllm_config, config[CONFIG_KEY]):
-                vllm_config, self._savings = changed
+            else:
+                values = None if self._compressed is True else self._compressed
+                if changed := with_compression(vllm_config, config[CONFIG_KEY], values):
+                    vllm_config, self._savings = changed
         model: nn.Module = super().create_model(vllm_config, model_config, prefix)
         return model
 

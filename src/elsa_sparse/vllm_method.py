@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elsa_sparse.sparse_linear import pack_weight
 from elsa_sparse.vllm_internals import (
     ALREADY_PROCESSED,
     LinearBase,
@@ -22,7 +23,7 @@ from elsa_sparse.vllm_internals import (
     register_weight_loader_v2_supported_method,
     set_weight_attrs,
 )
-from elsa_sparse.vllm_packing import Savings, keep_packed, kernels_problem, pack_weight
+from elsa_sparse.vllm_packing import Savings, keep_packed, kernels_problem
 
 __all__ = ["METHOD", "SparseConfig", "SparseLinearMethod", "register"]
 
@@ -38,6 +39,8 @@ class SparseConfig(QuantizationConfig):
 
     savings: Savings | None = None
     """Where layers are counted; set by the loader."""
+    values: str | None = None
+    """What kept weights are rounded to; likewise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class SparseConfig(QuantizationConfig):
                 f"--quantization {METHOD}: the model is no sparse checkpoint, or is to be served dense; leave it out, "
                 "or write a sparse checkpoint with `elsa pack`"
             )
-        return SparseLinearMethod(self.savings) if isinstance(layer, LinearBase) else None
+        return SparseLinearMethod(self.savings, self.values) if isinstance(layer, LinearBase) else None
 
 
 @register_weight_loader_v2_supported_method
@@ -76,12 +79,14 @@ class SparseLinearMethod(LinearMethodBase):
     """One layer's weight, dense until it has been loaded, and after that compressed if that pays.
 
     :param savings: where the layer is counted
+    :param values: ``"int8"`` or ``"int4"`` rounds kept weights; None keeps them as they are
     """
 
     uses_meta_device = True
 
-    def __init__(self, savings: Savings) -> None:
+    def __init__(self, savings: Savings, values: str | None) -> None:
         self._savings = savings
+        self._values = values
         self._dense = UnquantizedLinearMethod()
         self._rows: int | None = None
 
@@ -111,7 +116,8 @@ class SparseLinearMethod(LinearMethodBase):
         setattr(layer, ALREADY_PROCESSED, True)
         weight = layer.weight.data
         # Whoever sets that attribute reads the weight itself.
-        packed = None if getattr(layer, "_cpu_skip_gemm_dispatch", False) else pack_weight(weight)
+        is_read = getattr(layer, "_cpu_skip_gemm_dispatch", False)
+        packed = None if is_read else pack_weight(weight, values=self._values)
         self._savings.add(weight.numel() * weight.element_size(), packed)
         if packed is None:
             self._dense.process_weights_after_loading(layer)

@@ -1,4 +1,4 @@
-"""Linear layers that a server keeps compressed: weights to packed weights, what has to be installed, what it saves."""
+"""Linear layers that a server keeps compressed: what has to be installed, integers as they are, what it saves."""
 
 import importlib.metadata
 import importlib.util
@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels, packed_size
+from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels
 
-__all__ = ["Savings", "keep_packed", "kernels_identity", "kernels_problem", "pack_integers", "pack_weight"]
+__all__ = ["Savings", "keep_packed", "kernels_identity", "kernels_problem", "pack_integers"]
 
 
 @dataclass
@@ -53,20 +53,6 @@ def kernels_problem() -> str | None:
 def kernels_identity() -> str:
     """What a packed weight's size depends on beside the weight."""
     return f"{importlib.metadata.version('elsa-kernels')} {kernels().backend()} {DEFAULT_MIN_SPARSITY}"
-
-
-def pack_weight(weight: Tensor) -> Tensor | None:
-    """A dense weight compressed, or None if it stays dense.
-
-    :param weight: (rows, columns)
-    """
-    if weight.dim() != 2:
-        return None
-    rows, columns = weight.shape
-    if packed_size(rows, columns, int(weight.count_nonzero()), weight.dtype) is None:
-        return None
-    packed: Tensor = kernels().pack(weight)
-    return packed
 
 
 def pack_integers(integers: Tensor, scales: Tensor, *, bits: Literal[4, 8], always: bool) -> Tensor | None:

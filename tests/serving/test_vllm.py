@@ -5,60 +5,25 @@ import shutil
 import subprocess
 
 import pytest
-from llmcompressor import oneshot
-from transformers import AutoTokenizer
 
-from benchmarks.assets import evaluation_sequences, model_directory, training_texts
 from benchmarks.vllm_server import PYTHON, serve
-from elsa_modifier import ELSAModifier, save_sparse
-from elsa_sparse import unpack
+from tests.serving.asking import DENSE, TOKENS, ask, prompt_of
 
 pytestmark = pytest.mark.serving
 
-TOKENS = 1000
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """SmolLM2-135M pruned to 80% for a minute and written sparse by ``oneshot``; the same dense, and as bitmasks."""
-    root = tmp_path_factory.mktemp("serving")
-    oneshot(
-        model=str(model_directory()),
-        dataset=training_texts(),
-        recipe=[ELSAModifier(sparsity=0.8, steps=16, batch_size=2, sequence_length=256, checkpoint="coded")],
-        output_dir=str(root / "coded"),
-    )
-    unpack(root / "coded", root / "dense", progress=False)
-    save_sparse(root / "dense", root / "bitmask", encoding="bitmask", progress=False)
-    return root
-
-
-def ask(server, checkpoints):
-    """Log-probabilities of a held-out prompt's tokens, and a completion."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoints / "dense")
-    prompt = evaluation_sequences(tokenizer, sequences=2, length=512)["C4"].reshape(-1)[: TOKENS + 1].tolist()
-    scored = server.post("/v1/completions", prompt=prompt, max_tokens=1, temperature=0, prompt_logprobs=0)
-    logprobs = [
-        position[str(token)]["logprob"]
-        for token, position in zip(prompt[1:], scored["choices"][0]["prompt_logprobs"][1:], strict=True)
-    ]
-    answer = server.post(
-        "/v1/completions", prompt="The city lies on the river and", max_tokens=16, temperature=0, seed=0
-    )
-    return logprobs, answer["choices"][0]["text"], answer["usage"]
-
 
 def test_served_as_the_dense_model_is(checkpoints, tmp_path):
+    prompt = prompt_of(checkpoints / "dense")
     with serve(checkpoints / "dense", tmp_path / "dense.log") as server:
-        dense = ask(server, checkpoints)
+        dense = ask(server, prompt)
         assert "Rebuilding sparse tensors" not in server.log
     # The format recognised by itself; and named.
-    with serve(checkpoints / "coded", tmp_path / "coded.log") as server:
-        coded = ask(server, checkpoints)
+    with serve(checkpoints / "coded", tmp_path / "coded.log", *DENSE) as server:
+        coded = ask(server, prompt)
         assert "Rebuilding sparse tensors: 100%" in server.log
-        assert "already registered" not in server.log
-    with serve(checkpoints / "bitmask", tmp_path / "bitmask.log", "--load-format", "elsa-sparse") as server:
-        bitmask = ask(server, checkpoints)
+        assert "already registered" not in server.log and "compressed in memory" not in server.log
+    with serve(checkpoints / "bitmask", tmp_path / "bitmask.log", *DENSE, "--load-format", "elsa-sparse") as server:
+        bitmask = ask(server, prompt)
         assert "Rebuilding sparse tensors: 100%" in server.log
 
     logprobs, text, usage = dense
