@@ -111,12 +111,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=4, help="of 128 held-out tokens")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ids = next(iter(SMOLLM2.held_out().values()))[: arguments.sequences, :128].long()
     results: list[str] = []
     speeds = []
-    for sparsity in SPARSITIES:
+    for sparsity in arguments.sparsities:
         scratch = Path(tempfile.mkdtemp())
         try:
             directory = _pruned(sparsity, scratch / "sparse")

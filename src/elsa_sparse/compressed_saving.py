@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elsa_sparse.compression_rule import INTEGERS
 from elsa_sparse.int8_head import Int8Embedding, Int8Head
+from elsa_sparse.sparse_experts import PackedExperts
 from elsa_sparse.sparse_linear import SparseLinear
 from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_through
 
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["is_compressed", "teach_save_pretrained"]
 
+_COMPRESSED = (SparseLinear, PackedExperts, Int8Embedding, Int8Head)
 # Dense tensors that are in memory at once, in bytes, before a file of them is written.
 _PENDING = 1 << 28
 
 
 def is_compressed(model: nn.Module) -> bool:
     """Whether a model has layers whose weights are compressed in memory."""
-    return any(isinstance(module, (SparseLinear, Int8Head)) for module in model.modules())
+    return any(isinstance(module, _COMPRESSED) for module in model.modules())
 
 
 def teach_save_pretrained() -> None:
@@ -127,19 +129,19 @@ def _groups(model: "PreTrainedModel") -> Iterator[dict[str, Tensor]]:
         layers = {path: module for path, module in layers.items() if not isinstance(module, Int8Head)}
     if any(isinstance(conversion, WeightConverter) for conversion in model._weight_conversions):
         # A tensor of the checkpoint may be made of several here.
-        everything = {f"{path}.weight": _dense_weight(module, model) for path, module in layers.items()}
+        everything = dict(_dense_weight(path, module, model) for path, module in layers.items())
         yield revert_weight_conversion(model, dense | everything)
         return
     yield revert_weight_conversion(model, dense)
     for path, module in layers.items():
-        yield revert_weight_conversion(model, {f"{path}.weight": _dense_weight(module, model)})
+        yield revert_weight_conversion(model, dict([_dense_weight(path, module, model)]))
 
 
-_COMPRESSED = (SparseLinear, Int8Embedding, Int8Head)
-
-
-def _dense_weight(module: nn.Module, model: "PreTrainedModel") -> Tensor:
-    if isinstance(module, SparseLinear):
-        return module.unpack(model.dtype if module.values in INTEGERS else None)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight
+def _dense_weight(path: str, module: nn.Module, model: "PreTrainedModel") -> tuple[str, Tensor]:
+    """A parameter of the dense model, with its name."""
+    if isinstance(module, (SparseLinear, PackedExperts)):
+        weight = module.unpack(model.dtype if module.values in INTEGERS else None)
+        # A module in place of a parameter has that one's name.
+        return (path if isinstance(module, PackedExperts) else f"{path}.weight"), weight
+    weight = module.weight  # type: ignore[assignment]
+    return f"{path}.weight", weight

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DEFAULT_MIN_SPARSITY", "INTEGERS", "kernels", "packed_size"]
+__all__ = ["DEFAULT_MIN_SPARSITY", "FLOATS", "INTEGERS", "kernels", "packed_size"]
 
 DEFAULT_MIN_SPARSITY = 0.4
 """Zeros below which a weight stays dense: the products are no faster there, and the weight is hardly smaller."""
@@ -13,8 +13,8 @@ DEFAULT_MIN_SPARSITY = 0.4
 INTEGERS = ("int8", "int4")
 """What kept weights may be rounded to."""
 
-# Names that elsa_kernels has for the dtypes in which it keeps weights as they are; others stay dense.
-_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Names that elsa_kernels has for the dtypes in which it keeps weights as they are; others stay dense."""
 
 
 def kernels() -> Any:
@@ -56,11 +56,11 @@ def packed_size(
     :param group_size: columns that share a scale, of integers; None for what ``elsa_kernels.pack`` takes by itself
     :raises ImportError: if ``elsa_kernels`` is not installed
     """
-    if dtype not in _FLOATS or not rows or not columns or kept > (1 - min_sparsity) * rows * columns:
+    if dtype not in FLOATS or not rows or not columns or kept > (1 - min_sparsity) * rows * columns:
         return None
     if values is None:
         group_size = 0
     elif group_size is None:
         group_size = min(columns, 128) if values == "int4" else columns
-    size: int = kernels().packed_nbytes(rows, columns, kept, values or _FLOATS[dtype], group_size)
+    size: int = kernels().packed_nbytes(rows, columns, kept, values or FLOATS[dtype], group_size)
     return size if size < rows * columns * dtype.itemsize else None

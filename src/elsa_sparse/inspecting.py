@@ -16,7 +16,7 @@ from elsa_sparse.checkpoint import CONFIG_FILE, Shards, read_json
 from elsa_sparse.compression_rule import kernels, packed_size
 from elsa_sparse.entry import TensorEntry, sparsity_of
 from elsa_sparse.opening import is_sparse, open_checkpoint
-from elsa_sparse.quantized import EXPERT, bits_of
+from elsa_sparse.quantized import bits_of
 from elsa_sparse.symbols import DTYPES
 from elsa_sparse.writing import dense_files
 
@@ -101,7 +101,7 @@ def memory_bytes(
             return _integers_bytes(entry, bits, scales.get(f"{prefix}.weight_scale"))
         if kind in ("weight_scale", "weight_shape") and f"{prefix}.weight_packed" in scales:
             return 0
-        if not is_matrix or kind != "weight" or EXPERT.search(entry.name) or (tied and prefix.endswith("lm_head")):
+        if not is_matrix or kind != "weight" or (tied and prefix.endswith("lm_head")):
             return entry.dense_bytes
         rows, columns = entry.shape
         kept = round((1 - entry.sparsity) * rows * columns)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels, packed_size
+from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, FLOATS, kernels, packed_size
 
-__all__ = ["SparseLinear", "check_device", "pack_weight"]
+__all__ = ["SparseLinear", "check_device", "narrowest", "pack_weight"]
 
 
 class SparseLinear(nn.Module):
@@ -136,17 +136,23 @@ def pack_weight(
     :param group_size: columns that share a scale, of integers; None for what ``elsa_kernels.pack`` takes by itself
     :return: 1-D uint8, or None if the weight should stay dense
     """
-    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
-        # A bf16 checkpoint that was read as fp32: half of each value is zeros.
-        packed_dtype = torch.bfloat16
-    else:
-        packed_dtype = weight.dtype
+    dtype = narrowest(weight)
+    if dtype is None:
+        return None
     rows, columns = weight.shape
     kept = int(torch.count_nonzero(weight))
-    size = packed_size(
-        rows, columns, kept, packed_dtype, values=values, group_size=group_size, min_sparsity=min_sparsity
-    )
+    size = packed_size(rows, columns, kept, dtype, values=values, group_size=group_size, min_sparsity=min_sparsity)
     if size is None:
         return None
-    packed: Tensor = kernels().pack(weight.to(packed_dtype), values=values, group_size=group_size)
+    packed: Tensor = kernels().pack(weight.to(dtype), values=values, group_size=group_size)
     return packed
+
+
+def narrowest(weight: Tensor) -> torch.dtype | None:
+    """The dtype to keep a weight's values in, or None if there is none for it.
+
+    A bf16 checkpoint that is read as fp32 is kept in bf16, which holds all of it.
+    """
+    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
+        return torch.bfloat16
+    return weight.dtype if weight.dtype in FLOATS else None

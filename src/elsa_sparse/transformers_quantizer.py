@@ -17,6 +17,7 @@ from elsa_sparse.compressed_saving import teach_save_pretrained
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, INTEGERS, kernels
 from elsa_sparse.int8_head import hold_head_dense, hold_head_in_int8
 from elsa_sparse.quantized import IntegerWeight
+from elsa_sparse.sparse_experts import PackedExperts, holds_experts, pack_experts
 from elsa_sparse.sparse_linear import SparseLinear, pack_weight
 from elsa_sparse.transformers_loading import teach_from_pretrained
 
@@ -96,14 +97,15 @@ class ElsaSparseQuantizer(HfQuantizer):
         return {"": "cpu"} if isinstance(device_map, str) else device_map
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter has to be looked at when it has been read."""
-        return param_name.endswith(".weight")
+        """Every parameter is looked at when it has been read."""
+        return True
 
     def may_compress(self, model: "PreTrainedModel", param_name: str) -> bool:
-        """Whether a parameter is the weight of a layer that may be compressed; whether it is, its zeros decide."""
+        """Whether a parameter is a weight that may be compressed; whether it is, its zeros decide."""
         path, _, name = param_name.rpartition(".")
-        # Not a subclass, whose forward may do more.
-        if name != "weight" or type(model.get_submodule(path)) is not nn.Linear:
+        module = model.get_submodule(path)
+        # Not a subclass of Linear, whose forward may do more.
+        if not (name == "weight" and type(module) is nn.Linear) and not holds_experts(module, name):
             return False
         if param_name in model.all_tied_weights_keys or param_name in model.all_tied_weights_keys.values():
             return False
@@ -116,6 +118,9 @@ class ElsaSparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         if self.quantization_config.int8_head:
             hold_head_in_int8(model)
+        if any(isinstance(module, PackedExperts) for module in model.modules()):
+            # The others take all experts' weights as one tensor.
+            model.set_experts_implementation("eager")
         # So that a model that is called outside of torch.no_grad asks no SparseLinear for gradients.
         model.requires_grad_(False)
         return model
@@ -124,6 +129,8 @@ class ElsaSparseQuantizer(HfQuantizer):
         for path, module in [*model.named_modules()]:
             if isinstance(module, SparseLinear):
                 _replace(model, path, _dense_linear(module, dtype))
+            elif isinstance(module, PackedExperts):
+                _replace(model, path, nn.Parameter(module.unpack(dtype)))
         hold_head_dense(model, dtype)
         return model
 
@@ -161,28 +168,43 @@ class _Compress(ConversionOps):
             if packed is None:
                 left[name] = weight.dense(model.dtype) if quantized else weight
                 continue
-            path = name.rpartition(".")[0]
-            linear = model.get_submodule(path)
-            layer = SparseLinear(packed, linear.bias, quantized=quantized)
+            layer: nn.Module
+            if isinstance(packed, list):
+                path, layer = name, PackedExperts(packed)
+            else:
+                path = name.rpartition(".")[0]
+                layer = _sparse_linear(model.get_submodule(path), packed, quantized)
             # transformers initializes what has not got this mark.
             layer._is_hf_initialized = True  # type: ignore[assignment]
-            if layer.bias is not None and hasattr(linear.bias, "_is_hf_initialized"):
-                layer.bias._is_hf_initialized = True  # type: ignore[attr-defined]
             _replace(model, path, layer)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return left
 
-    def _pack(self, weight: Tensor | IntegerWeight, dtype: torch.dtype) -> Tensor | None:
+    def _pack(self, weight: Tensor | IntegerWeight, dtype: torch.dtype) -> Tensor | list[Tensor] | None:
         if isinstance(weight, IntegerWeight):
             return weight.pack(dtype)
         config = self._quantizer.quantization_config
-        return pack_weight(weight, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity)
+        pack: Any = pack_weight if weight.dim() == 2 else pack_experts
+        packed: Tensor | list[Tensor] | None = pack(
+            weight, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity
+        )
+        return packed
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None:
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    module = model.get_submodule(parent)
+    if isinstance(new, nn.Module) == (name in module._parameters):
+        delattr(module, name)
+    setattr(module, name, new)
+
+
+def _sparse_linear(linear: nn.Linear, packed: Tensor, quantized: bool) -> SparseLinear:
+    layer = SparseLinear(packed, linear.bias, quantized=quantized)
+    if layer.bias is not None and hasattr(linear.bias, "_is_hf_initialized"):
+        layer.bias._is_hf_initialized = True  # type: ignore[attr-defined]
+    return layer
 
 
 def _dense_linear(layer: SparseLinear, dtype: torch.dtype | None) -> nn.Linear:

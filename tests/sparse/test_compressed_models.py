@@ -15,6 +15,7 @@ from elsa_sparse import SparseCheckpointError, SparseLinear, load_sparse, save_s
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY
 from elsa_sparse.compression_rule import packed_size
 from elsa_sparse.opening import is_sparse
+from elsa_sparse.sparse_experts import PackedExperts
 from tests.conftest import CONFIGS
 
 pytest.importorskip("elsa_kernels")
@@ -31,6 +32,9 @@ def assert_same_weights(compressed, dense):
     found = {}
     for name, tensor in compressed.state_dict().items():
         layer = compressed.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, PackedExperts):
+            found[name.rpartition(".")[0]] = layer.unpack()
+            continue
         is_packed = isinstance(layer, SparseLinear) and name.endswith(".packed")
         found[name.removesuffix("packed") + "weight" if is_packed else name] = layer.unpack() if is_packed else tensor
     expected = dense.state_dict()
@@ -58,6 +62,9 @@ def test_every_architecture(name, pruned, sparse):
     # Routers of mixtures are 4 x 32: their header alone is no smaller.
     small = {path for path in linears if dense.get_submodule(path).weight.numel() < 256}
     assert compressed_layers(model).keys() == linears - tied - small
+    experts = {path for path, parameter in dense.named_parameters() if parameter.dim() == 3}
+    assert {path for path, module in model.named_modules() if isinstance(module, PackedExperts)} == experts
+    assert (name in ("mixtral", "qwen3-moe")) == bool(experts)
     assert model.get_memory_footprint() < dense.get_memory_footprint()
 
 
