@@ -50,10 +50,7 @@ inline __m256i nibbles(const uint8_t* from) {
 }
 // Bytes from what is read to what is fetched into the cache meanwhile. What the processor fetches by itself stops at
 // the end of a page, and comes to two thirds of this.
-#ifndef AH
-#define AH 2048
-#endif
-constexpr int AHEAD = AH;
+constexpr int AHEAD = 2048;
 inline void prefetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
 template <int64_t V>

@@ -1,5 +1,7 @@
 """The product against its fp64 twin: instruction sets, layouts, formats, dtypes, shapes, numbers of tokens."""
 
+import shutil
+
 import pytest
 import torch
 from elsa_kernels.layout import Layout
@@ -121,3 +123,18 @@ def test_operation_passes_torchs_checks(isa):
     packed = pack(sparse_weight(20, 96, 0.3))
     for dtype in FLOATS.values():
         torch.library.opcheck(torch.ops.elsa_kernels.linear, (torch.randn(2, 3, 96).to(dtype), packed, 20))
+
+
+def test_layers_compile_into_one_graph():
+    if not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    packed = pack(sparse_weight(20, 96, 0.3))
+
+    def layer(x, packed):
+        return torch.relu(torch.ops.elsa_kernels.linear(x, packed, 20)) + 1
+
+    x = torch.randn(3, 96)
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x, packed), layer(x, packed))
+    other = pack(sparse_weight(20, 96, 0.3, seed=1))  # No address and no weight is part of the graph.
+    torch.testing.assert_close(compiled(x, other), layer(x, other))

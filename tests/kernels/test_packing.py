@@ -3,8 +3,10 @@
 import elsa_kernels
 import pytest
 import torch
+from elsa_kernels.layout import Layout
+from elsa_kernels.packing import choose_layout, packed_nbytes
 
-from tests.kernels.weights import FLOATS, SHAPES, sparse_weight
+from tests.kernels.weights import FLOATS, SHAPES, pack, sparse_weight
 from tests.reference.sparse_product import dequantized
 
 
@@ -84,3 +86,18 @@ def test_what_cannot_be_packed_is_refused():
         elsa_kernels.pack_integers(integers, torch.ones(3, 1), bits=8)
     with pytest.raises(ValueError, match="group_size 8"):
         elsa_kernels.pack_integers(integers, torch.ones(4, 2), bits=8, group_size=8)
+
+
+@pytest.mark.parametrize("values", [*FLOATS, "int8", "int4"])
+@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name.lower())
+def test_nbytes_are_known_without_packing(layout, values):
+    exact = layout == Layout.CSR or (layout == Layout.BITMASK and values != "int4")
+    for density in (0.02, 0.05, 0.1, 0.2, 0.5):
+        for shape in ((256, 1024), (250, 1030)):
+            packed = pack(sparse_weight(*shape, density), layout, values=values)
+            info = elsa_kernels.describe(packed)
+            arguments = *shape, info.kept, info.values, info.group_size
+            estimate = packed_nbytes(*arguments, layout=layout)
+            assert estimate == info.nbytes if exact else abs(estimate / info.nbytes - 1) < 0.1, (density, shape)
+            if layout == Layout[info.layout.upper()] == choose_layout(*arguments):
+                assert packed_nbytes(*arguments) == estimate

@@ -15,12 +15,13 @@ FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def sparse_weight(rows: int, columns: int, density: float, *, uneven: bool = False, seed: int = 0) -> Tensor:
-    """(rows, columns) fp32, normal with sd 0.02 where it is not zero.
+    """(rows, columns) fp32, normal with sd 0.02 and 0.01 away from zero where it is not zero.
 
     :param uneven: rows differ in density by up to a factor of 30
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 0.02
+    weight = weight + 0.01 * weight.sign()
     limits = torch.full((rows, 1), density)
     if uneven:
         limits = limits * 2 ** (5 * torch.rand(rows, 1, generator=generator) - 3)

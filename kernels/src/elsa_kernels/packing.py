@@ -1,5 +1,7 @@
 """Dense weights, or the integers and scales of quantized ones, to packed tensors."""
 
+import itertools
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +14,7 @@ from elsa_kernels.reading import check
 __all__ = ["choose_layout", "pack", "pack_integers", "packed_nbytes"]
 
 SCALE_CODES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_FLOAT_NAMES: dict[torch.dtype, Values] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INTEGER_RANGES = {4: (-8, 7), 8: (-128, 127)}
 
 
@@ -37,7 +40,7 @@ def pack(
         )
     weight = weight.detach().cpu()
     if values is None:
-        values = next(name for name, dtype in FLOATS.items() if dtype == weight.dtype)  # type: ignore[assignment]
+        values = _FLOAT_NAMES[weight.dtype]
     if values in FLOATS:
         if group_size is not None:
             raise ValueError(f"group_size is {group_size} for values {values}; only int8 and int4 have scales")
@@ -101,10 +104,41 @@ def packed_nbytes(
 ) -> int:
     """Bytes of the packed tensor of a weight of this shape with so many weights kept, without packing it.
 
-    Exact for the CSR layout, and for bitmask unless values are int4.
+    Exact for the CSR layout, and for bitmask where values are not int4. Otherwise an estimate for zeros that are spread
+    at random, within 10%; positions that cluster take more steps, and rows of very different counts too. Scales are
+    taken to be fp16.
+
+    :param group_size: as pack's, 0 for floating point
     """
     layout = choose_layout(rows, columns, kept, values, group_size) if layout is None else layout
-    return _header(layout, rows, columns, kept, values, group_size, 2 if group_size else 0).nbytes
+    scale_code = SCALE_CODES[torch.float16] if group_size else 0
+    header = _header(layout, rows, columns, kept, values, group_size, scale_code)
+    if layout == Layout.WINDOW:
+        steps = _expected_steps(header)
+        padding = steps // 4 if values == "int4" else 0
+    elif layout == Layout.BITMASK:
+        # Half of the masks have an odd number of weights, if they have many.
+        steps, padding = header.steps, min(header.steps // 4, kept // 2) if values == "int4" else 0
+    else:
+        return header.nbytes
+    value_nbytes = header.value_nbytes + padding
+    return _header(layout, rows, columns, kept, values, group_size, scale_code, steps, value_nbytes).nbytes
+
+
+# What part of a step's 32 places is filled, by density: measured on random masks of 512 x 4096.
+_FILLED = (
+    (0.003, 0.127), (0.01, 0.297), (0.02, 0.445), (0.03, 0.538), (0.05, 0.657), (0.1, 0.794), (0.2, 0.895), (0.5, 0.966)
+)  # fmt: skip
+
+
+def _expected_steps(header: Header) -> int:
+    density = header.kept / (header.rows * header.columns)
+    filled = _FILLED[0][1] if density < _FILLED[0][0] else _FILLED[-1][1]
+    for (low, filled_low), (high, filled_high) in itertools.pairwise(_FILLED):
+        if low <= density < high:
+            filled = filled_low + (filled_high - filled_low) * math.log(density / low) / math.log(high / low)
+    # The last step of a block is on average half empty.
+    return int(header.kept / (32 * filled)) + header.slices * header.blocks // 2
 
 
 MOST_WINDOW_COLUMNS = 1 << 16
@@ -116,7 +150,8 @@ def _pack(stored: Tensor, scales: Tensor | None, values: Values, group_size: int
     """``stored``: (rows, columns), what is kept where it is not zero."""
     stored = stored.contiguous()
     if layout is None:
-        layout = choose_layout(*stored.shape, int(torch.count_nonzero(stored)), values, group_size)
+        rows, columns = stored.shape
+        layout = choose_layout(rows, columns, int(torch.count_nonzero(stored)), values, group_size)
     if layout == Layout.CSR:
         packed = _pack_csr(stored, scales, values, group_size)
     else:
