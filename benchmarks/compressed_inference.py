@@ -7,6 +7,7 @@ are compared with each other and with the same weights in fp32, whose results st
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,34 +107,48 @@ def _speeds(measured: Comparison, sparsity: float) -> str:
     return f"| {sparsity:.0%} | {' | '.join(cells)} |"
 
 
+def _speed_titles(measured: Comparison) -> list[str]:
+    batches = [f"batch {batch}" for batch in BATCHES]
+    return [
+        f"Tokens a second, dense / compressed, bf16, {measured.threads} thread, kernels {measured.backend},",
+        f"medians of {measured.rounds} rounds in turns (`elsa bench DIR --threads {measured.threads}`):",
+        "",
+        f"| zeros | prefill of {measured.prompt} | {' | '.join(batches)} |",
+        "|---|---|" + "---|" * len(batches),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of measuring speed; 0 for none")
     parser.add_argument("--sequences", type=int, default=4, help="of 128 held-out tokens")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ids = next(iter(SMOLLM2.held_out().values()))[: arguments.sequences, :128].long()
     results: list[str] = []
-    speeds = []
+    speeds: list[str] = []
     for sparsity in arguments.sparsities:
         scratch = Path(tempfile.mkdtemp())
         try:
             directory = _pruned(sparsity, scratch / "sparse")
-            results += _results(directory, sparsity, ids)
-            measured = compare_speed(directory, batches=BATCHES, rounds=arguments.rounds, threads=arguments.threads)
-            speeds.append(_speeds(measured, sparsity))
+            for row in _results(directory, sparsity, ids):
+                print(row, flush=True)
+                results.append(row)
+            if arguments.rounds:
+                measured = compare_speed(directory, batches=BATCHES, rounds=arguments.rounds, threads=arguments.threads)
+                speeds = [*(speeds or _speed_titles(measured)), _speeds(measured, sparsity)]
         finally:
             shutil.rmtree(scratch)
-    titles = [f"batch {batch}" for batch in BATCHES]
     publish(
         "compressed_inference",
         [
             "# Weights that stay compressed in memory",
             "",
-            "`python -m benchmarks.compressed_inference`: SmolLM2-135M-Instruct, pruned by magnitude. That ruins it at",
-            "70% and more: this is about compressed against dense, not about pruning.",
+            f"`{' '.join(['python -m benchmarks.compressed_inference', *sys.argv[1:]])}`: SmolLM2-135M-Instruct,",
+            "pruned by magnitude. That ruins it at 70% and more: this is about compressed against dense, not about",
+            "pruning.",
             "",
             f"Logits of {ids.numel()} held-out tokens, half of each sequence as a prompt and half one by one, against",
             "those of the same weights dense in fp32: mean and largest difference, and how often the likeliest next",
@@ -149,11 +164,6 @@ def main() -> None:
             "are equally far from fp32: neither is the right one, and where two tokens are nearly equally likely they",
             "may choose differently. The int8 head is the one setting here that changes weights.",
             "",
-            f"Tokens a second, dense / compressed, bf16, {measured.threads} thread, kernels {measured.backend},",
-            f"medians of {measured.rounds} rounds in turns (`elsa bench DIR --threads {measured.threads}`):",
-            "",
-            f"| zeros | prefill of {measured.prompt} | {' | '.join(titles)} |",
-            "|---|---|" + "---|" * len(titles),
             *speeds,
         ],
     )
