@@ -67,7 +67,7 @@ Plan plan(Level level, const Header& weight, Values x_type, int64_t tokens) {
         return {level == AMX || tokens < DENSE_BF16_TOKENS ? avx512_bf16 : nullptr, ROWS_BF16};
     }
 #endif
-    (void)x_type;
+    (void)weight, (void)x_type;
     if (tokens >= DENSE_PLAIN_TOKENS) return {nullptr, ROWS_FP32};
 #if defined(ELSA_WITH_AVX2)
     if (level >= AVX2) return {avx2, ROWS_FP32};
