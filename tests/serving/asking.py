@@ -23,11 +23,13 @@ def logprobs_of(server, prompt):
 
 
 def ask(server, prompt):
-    """Log-probabilities of a prompt's tokens, and a completion."""
+    """Log-probabilities of a prompt's tokens and of those of a completion, the completion, and how long it is."""
     answer = server.post(
-        "/v1/completions", prompt="The city lies on the river and", max_tokens=16, temperature=0, seed=0
+        "/v1/completions", prompt="The city lies on the river and", max_tokens=16, temperature=0, seed=0, logprobs=0
     )
-    return logprobs_of(server, prompt), answer["choices"][0]["text"], answer["usage"]
+    [choice] = answer["choices"]
+    # Few tokens at once and many take different kernels.
+    return logprobs_of(server, prompt) + choice["logprobs"]["token_logprobs"], choice["text"], answer["usage"]
 
 
 def distance(one, other):

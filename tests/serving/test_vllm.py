@@ -27,7 +27,7 @@ def test_served_as_the_dense_model_is(checkpoints, tmp_path):
         assert "Rebuilding sparse tensors: 100%" in server.log
 
     logprobs, text, usage = dense
-    assert len(logprobs) == TOKENS and len(set(logprobs)) > TOKENS // 2
+    assert len(logprobs) == TOKENS + 16 and len(set(logprobs)) > TOKENS // 2
     assert coded[0] == logprobs and bitmask[0] == logprobs
     assert coded[1] == bitmask[1] == text and text.strip()
     assert coded[2]["completion_tokens"] == usage["completion_tokens"] == 16
