@@ -72,6 +72,8 @@ bool over_slices(const Product& product, Kernel kernel) {
     // Four pieces a thread: one that is held up by something else on the machine leaves its share to others.
     int64_t pieces = threads() > 1 ? 4 * threads() : 1;
     if (pieces > p.h.slices()) pieces = p.h.slices();
+    // Waking a second thread takes longer than this.
+    if (p.h.kept * (product.tokens + 1) < 1 << 16) pieces = 1;
     return in_parallel(pieces, [&](int64_t piece) {
         const int64_t first = piece_start(p, piece, pieces), last = piece_start(p, piece + 1, pieces);
         return first >= last || kernel(product, first, last);
