@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -116,6 +118,18 @@ def test_what_is_not_sparse_enough_stays_dense(pruned, tmp_path):
     assert ("model.layers.0.mlp.down_proj" in names) == (pays is not None)
     assert not any(name.endswith("q_proj") for name in names)
     assert "model.layers.0.self_attn.k_proj" not in names and "model.layers.1.self_attn.k_proj" in names
+
+
+def test_a_tied_head_stays_dense_however_sparse(pruned, tmp_path):
+    """Also where the checkpoint has the head beside the embedding."""
+    shutil.copytree(pruned("llama-tied"), tmp_path / "both")
+    tensors = load_file(tmp_path / "both" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, ::2] = 0
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both", quantization_config=ElsaSparseConfig())
+    assert model.lm_head.weight is model.model.embed_tokens.weight and len(compressed_layers(model)) == 14
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "opt", "mixtral"])
