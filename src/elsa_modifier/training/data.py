@@ -134,9 +134,10 @@ class LoaderBatches:
             return
         now = random_states()
         restore_random_states(began)
-        for name, generator in self._generators().items():
-            generator.set_state(began[name])
         try:
+            for name, generator in self._generators().items():
+                if name in began:
+                    generator.set_state(began[name])
             for _ in range(int(position["taken"])):
                 self._next()
         finally:
