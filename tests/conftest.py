@@ -29,8 +29,6 @@ _LLAMA = dict(
 
 CONFIGS = {
     "llama": LlamaConfig(**_LLAMA, tie_word_embeddings=False),
-    # Of weights that are 4,096 entries and blocks of 256, which is where torchao's optimizers are not plain Adam.
-    "wide": LlamaConfig(**_LLAMA | {"hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**_LLAMA, tie_word_embeddings=True),
     "llama-biased": LlamaConfig(**_LLAMA, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**_LLAMA),

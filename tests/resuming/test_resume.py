@@ -1,11 +1,14 @@
 """A run that is cut off and goes on ends with the weights of one that was not, bit for bit."""
 
+import copy
 import json
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import LlamaForCausalLM
 
+from tests.conftest import CONFIGS
 from tests.resuming.conftest import Killed, different
 
 NARROW = dict(penalty={"form": "coupled", "value": 1e-2}, state_dtype="int8")
@@ -54,12 +57,22 @@ def test_every_state_is_kept(prune, fields):
     assert_goes_on(prune, **fields)
 
 
+@pytest.fixture
+def wide(tmp_path, tokenizer):
+    """A model with weights of 4,096 entries and more: in smaller ones torchao's optimizers are plain Adam."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.hidden_size, config.intermediate_size = 64, 128
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
 @pytest.mark.parametrize("optimizer", ["adamfp8", "adam4bit", "adam8bit"])
-def test_torchao(prune, optimizer, monkeypatch):
+def test_torchao(prune, optimizer, wide, monkeypatch):
     pytest.importorskip("torchao")
     monkeypatch.setattr("shutil.which", lambda name: None)  # no compiler, and no minutes of compiling
-    # Its moments are in few bits only in weights of 4,096 entries or more.
-    assert_goes_on(prune, optimizer=optimizer, model="wide", weight_dtype="bf16", precision="bf16")
+    assert_goes_on(prune, optimizer=optimizer, model=wide, weight_dtype="bf16", precision="bf16")
 
 
 @pytest.mark.parametrize("own_generator", [False, True])

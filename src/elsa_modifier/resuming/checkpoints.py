@@ -22,7 +22,7 @@ from elsa_modifier.resuming.fingerprint import MAY_CHANGE, differences
 from elsa_modifier.resuming.manifest import Manifest
 from elsa_modifier.resuming.ranks import is_first_rank, largest_of, new_cpu_group, rank
 from elsa_modifier.resuming.signals import StopRequest, stop
-from elsa_modifier.resuming.state import load_state, run_tensors
+from elsa_modifier.resuming.state import Local, itself, load_state, run_tensors
 from elsa_modifier.resuming.storage import load_tensors, save_tensors
 from elsa_modifier.tracking import Metrics
 from elsa_modifier.training.data import BatchSource
@@ -40,6 +40,7 @@ class Run:
 
     :param identity: what tells it from others: fingerprints of ``model``, ``recipe`` and ``data``
     :param steps: that it is to take
+    :param local: what is stepped of a parameter that is spread over ranks
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class Run:
     history: list[StepRecord]
     identity: Mapping[str, Mapping[str, Any]]
     steps: int
+    local: Local = itself
 
 
 class TrainingCheckpoints:
@@ -136,7 +138,7 @@ class TrainingCheckpoints:
     def _save(self, step: int, *, at_once: bool) -> None:
         self._wait()
         self._last_time = time.monotonic()
-        tensors = run_tensors(self._run.model, self._run.optimizer)
+        tensors = run_tensors(self._run.model, self._run.optimizer, self._run.local)
         broken = _not_finite(tensors)
         if largest_of([broken is not None], self._agreement) != [0]:
             logger.warning(
@@ -229,7 +231,7 @@ def check_identity(
 def restore(run: Run, checkpoint: Path, manifest: Manifest) -> None:
     """Put a run that has taken no step where the checkpoint's was. Random generators come last."""
     group = new_cpu_group()
-    load_state(run.model, run.optimizer, checkpoint, manifest, group)
+    load_state(run.model, run.optimizer, checkpoint, manifest, local=run.local, group=group)
     run.optimizer.restore_progress(manifest.run["progress"])
     _restore_scheduler(run.scheduler, manifest.run["scheduler"])
     run.history[:] = [StepRecord(**record) for record in manifest.run["history"]]
