@@ -120,6 +120,14 @@ def test_none_that_can_be_read(prune, left):
     prune(resume="never")
 
 
+def test_ranks_tell_each_other_of_damage(left):
+    _flip(left / "step-00000006" / "manifest.json")
+    with pytest.raises(CheckpointDamaged) as caught:
+        read_verified(left / "step-00000006")
+    told = pickle.loads(pickle.dumps(caught.value))
+    assert type(told) is CheckpointDamaged and str(told) == str(caught.value)
+
+
 def test_a_manifest_cannot_name_other_files(prune, left):
     from elsa_modifier.resuming.manifest import FileEntry, Manifest
 

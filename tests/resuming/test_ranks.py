@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -97,7 +98,11 @@ def work(rank, port, directory):
                 if load:
                     load_state(model, optimizer, place, read_verified(place), local=of, group=group)
                 else:
-                    save_tensors(run_tensors(model, optimizer, of), place, {}, group)
+                    # From a copy, as a run saves that goes on meanwhile.
+                    staged = DefaultStager(StagingOptions(False, False, False, False)).stage(
+                        run_tensors(model, optimizer, of)
+                    )
+                    save_tensors(staged, place, {}, group)
                 found = meanings(model, optimizer, local)
                 if rank == 0:
                     torch.save(found, directory / f"{kind} {saving} {loading} {load}.pt")

@@ -57,6 +57,12 @@ def test_every_state_is_kept(prune, fields):
     assert_goes_on(prune, **fields)
 
 
+def test_what_is_found_out_about_a_model_draws_nothing(prune, monkeypatch):
+    """Whether its logits can be computed in chunks is found out anew, by running it, dropout and all."""
+    monkeypatch.setattr("elsa_modifier.training.objective.CHUNK_BYTES", 4 * 4 * 96)
+    assert_goes_on(prune, model="opt")
+
+
 @pytest.fixture
 def wide(tmp_path, tokenizer):
     """A model with weights of 4,096 entries and more: in smaller ones torchao's optimizers are plain Adam."""

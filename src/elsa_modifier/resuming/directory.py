@@ -58,7 +58,7 @@ def find_checkpoint(resume: str, directory: Path | None) -> tuple[Path, Manifest
         except CheckpointDamaged as error:
             logger.warning(f"A training checkpoint is damaged, and the one before it is taken if there is one: {error}")
             damage = damage or error
-    raise CheckpointDamaged(
+    raise CheckpointDamaged.of(
         place, f"no training checkpoint in it can be read ({damage}); set resume to never to begin anew"
     )
 

@@ -19,8 +19,10 @@ _FORMAT = 1
 class CheckpointDamaged(ValueError):
     """A training checkpoint that is not what was written; the message names the file."""
 
-    def __init__(self, file: Path, problem: str) -> None:
-        super().__init__(f"{printable(file)}: {printable(problem, 500)}")
+    @classmethod
+    def of(cls, file: Path, problem: str) -> "CheckpointDamaged":
+        """The error with the two in its message."""
+        return cls(f"{printable(file)}: {printable(problem, 500)}")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ class Manifest:
             outer = json.loads(file.read_text(encoding="utf-8"))
             content, sha256 = outer["content"], outer["sha256"]
             if _sha256(content) != sha256:
-                raise CheckpointDamaged(file, "its checksum is wrong")
+                raise CheckpointDamaged.of(file, "its checksum is wrong")
             inner = json.loads(content)
             if inner["format"] != _FORMAT:
-                raise CheckpointDamaged(
+                raise CheckpointDamaged.of(
                     file, f"format {inner['format']} is another version's; this one reads {_FORMAT}"
                 )
             tensors = {
@@ -101,7 +103,7 @@ class Manifest:
         except CheckpointDamaged:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointDamaged(file, f"cannot be read ({type(error).__name__}: {error})") from error
+            raise CheckpointDamaged.of(file, f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 def read_verified(directory: Path) -> Manifest:
@@ -114,15 +116,15 @@ def read_verified(directory: Path) -> Manifest:
     def check(name: str) -> None:
         file, entry = directory / name, manifest.files[name]
         if Path(name).name != name:
-            raise CheckpointDamaged(directory, f"names a file outside it, {name!r}")
+            raise CheckpointDamaged.of(directory, f"names a file outside it, {name!r}")
         try:
             size = file.stat().st_size
             if size != entry.size:
-                raise CheckpointDamaged(file, f"has {size:,} bytes, and had {entry.size:,} when it was written")
+                raise CheckpointDamaged.of(file, f"has {size:,} bytes, and had {entry.size:,} when it was written")
             if sha256_of(file) != entry.sha256:
-                raise CheckpointDamaged(file, "its checksum is wrong")
+                raise CheckpointDamaged.of(file, "its checksum is wrong")
         except OSError as error:
-            raise CheckpointDamaged(file, f"cannot be read ({error.strerror})") from error
+            raise CheckpointDamaged.of(file, f"cannot be read ({error.strerror})") from error
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, manifest.files))

@@ -91,7 +91,7 @@ def load_tensors(
         wanted = (_dtype_name(tensor.dtype), tuple(tensor.shape))
         if entry is None or (entry.dtype, entry.shape) != wanted:
             there = "is not there" if entry is None else f"is {entry.dtype} {list(entry.shape)}"
-            raise CheckpointDamaged(directory, f"tensor {name} {there}; needed is {wanted[0]} {list(wanted[1])}")
+            raise CheckpointDamaged.of(directory, f"tensor {name} {there}; needed is {wanted[0]} {list(wanted[1])}")
     try:
         load(dict(tensors), storage_reader=_Reader(directory, manifest), process_group=group)
     except CheckpointException as error:
