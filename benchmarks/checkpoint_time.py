@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llmcompressor import oneshot
 
@@ -20,7 +21,8 @@ from elsa_modifier.resuming.checkpoints import TrainingCheckpoints
 from elsa_modifier.resuming.directory import complete_checkpoints
 from elsa_modifier.resuming.manifest import read_verified
 
-STEPS = 8
+STEPS = 7
+ROUNDS = 2
 _MODES = {"none": None, "before the next step": False, "in a thread, from a copy": True}
 
 
@@ -41,10 +43,7 @@ class _Timed(TrainingCheckpoints):
 
 def measure(mode: str, directory: Path) -> dict[str, float]:
     """A run of a few steps: median seconds of a step without a checkpoint, and from one checkpoint to the next."""
-    import elsa_modifier.resuming.session as session
-
     _Timed.times, _Timed.asynchronous = [], _MODES[mode]
-    session.TrainingCheckpoints = _Timed  # type: ignore[misc]
     every = {"steps": 2 if _MODES[mode] is not None else 10**6}
     modifier = ELSAModifier(
         sparsity=0.8,
@@ -55,7 +54,8 @@ def measure(mode: str, directory: Path) -> dict[str, float]:
         checkpoint_every=every,
         checkpoint_dir=str(directory),
     )
-    oneshot(model=str(model_directory()), dataset=training_texts(), recipe=[modifier])
+    with patch("elsa_modifier.resuming.session.TrainingCheckpoints", _Timed):
+        oneshot(model=str(model_directory()), dataset=training_texts(), recipe=[modifier])
     # Not the last step, whose checkpoint is always waited for.
     times = _Timed.times[:-1]
     of_two = [b[1] - a[1] for a, b in zip(times[1::2], times[3::2], strict=False)]
@@ -65,7 +65,7 @@ def measure(mode: str, directory: Path) -> dict[str, float]:
 
 def main() -> None:
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in _MODES}
-    for _ in range(3):
+    for _ in range(ROUNDS):
         for mode in _MODES:
             with tempfile.TemporaryDirectory(prefix="elsa-time-") as made:
                 found[mode].append(measure(mode, Path(made)))
@@ -84,7 +84,7 @@ def main() -> None:
         "# What a training checkpoint takes",
         "",
         f"`python -m benchmarks.checkpoint_time`: SmolLM2-135M, fp32 Adam, {os.cpu_count()} CPU cores, steps of 64 "
-        f"tokens, a checkpoint of {size / 1e6:,.0f} MB every 2 steps; medians of 3 runs. Reading one and checking its "
+        f"tokens, a checkpoint of {size / 1e6:,.0f} MB every 2 steps; medians of {ROUNDS} runs. Reading one and its "
         f"checksums took {reading:.1f} s.",
         "",
         "| checkpoints | s for 2 steps and what is between them | of these s waited for the checkpoint |",
