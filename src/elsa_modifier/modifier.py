@@ -45,7 +45,7 @@ from elsa_modifier.training.base_optimizer import (
     check_optimizer,
 )
 from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_without_causal_loss
-from elsa_modifier.training.data import BatchSource, batches_from_calibration
+from elsa_modifier.training.data import ResumableSource, batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, StepWatcher, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
@@ -377,7 +377,7 @@ class ELSAModifier(Modifier):
         return True
 
     def _watching(
-        self, model: PreTrainedModel, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: BatchSource
+        self, model: PreTrainedModel, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: ResumableSource
     ) -> AbstractContextManager[StepWatcher | None]:
         """What makes training checkpoints within the context, if the recipe asks for some; goes on from one first."""
         if self._checkpointing is None or not self._checkpointing.in_use:

@@ -120,6 +120,15 @@ def test_none_that_can_be_read(prune, left):
     prune(resume="never")
 
 
+def test_a_manifest_that_can_be_read_may_be_damaged(left):
+    file = left / "step-00000006" / "manifest.json"
+    text = file.read_text()
+    assert text.count('step_count\\": 6') == 1
+    file.write_text(text.replace('step_count\\": 6', 'step_count\\": 7'))
+    with pytest.raises(CheckpointDamaged, match="its checksum is wrong"):
+        read_verified(left / "step-00000006")
+
+
 def test_ranks_tell_each_other_of_damage(left):
     _flip(left / "step-00000006" / "manifest.json")
     with pytest.raises(CheckpointDamaged) as caught:

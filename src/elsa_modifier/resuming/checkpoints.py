@@ -25,7 +25,7 @@ from elsa_modifier.resuming.signals import StopRequest, stop
 from elsa_modifier.resuming.state import Local, itself, load_state, run_tensors
 from elsa_modifier.resuming.storage import load_tensors, save_tensors
 from elsa_modifier.tracking import Metrics
-from elsa_modifier.training.data import BatchSource
+from elsa_modifier.training.data import ResumableSource
 from elsa_modifier.training.loop import StepRecord
 from elsa_modifier.training.randomness import random_states, restore_random_states
 
@@ -46,7 +46,7 @@ class Run:
     model: PreTrainedModel
     optimizer: ADMMOptimizer
     scheduler: LambdaLR
-    batches: BatchSource
+    batches: ResumableSource
     history: list[StepRecord]
     identity: Mapping[str, Mapping[str, Any]]
     steps: int

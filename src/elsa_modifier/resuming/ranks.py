@@ -1,6 +1,7 @@
 """Agreement among the ranks of torch.distributed; in a single process what one thinks is what all do."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -10,11 +11,13 @@ from torch.distributed import ProcessGroup
 __all__ = ["first_rank_decides", "is_first_rank", "largest_of", "new_cpu_group", "rank"]
 
 T = TypeVar("T")
+# A rank that writes to a slow disk is waited for.
+_TIMEOUT = timedelta(hours=2)
 
 
 def new_cpu_group() -> ProcessGroup | None:
     """A group of all ranks that talks through the CPU, for one thread's use; None for a single process."""
-    return dist.new_group(backend="gloo") if _several() else None
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if _several() else None
 
 
 def rank() -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "BatchSource",
     "LoaderBatches",
     "PackedBatches",
+    "ResumableSource",
     "batches_from_calibration",
     "pack_documents",
 ]
@@ -38,6 +39,10 @@ class BatchSource(Protocol):
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """The micro-batches of an optimizer step: model inputs and ``labels``, int64, (batch, length) each."""
+
+
+class ResumableSource(BatchSource, Protocol):
+    """Batches that another process can go on with."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these data from others, in JSON's types."""
@@ -257,7 +262,7 @@ def batches_from_calibration(
     length: int,
     separator: int | None,
     seed: int,
-) -> BatchSource:
+) -> ResumableSource:
     """Batches for a run, from the DataLoader that llm-compressor hands to a modifier.
 
     A loader that llm-compressor made from a text or token dataset is taken apart: all of its documents are packed into
