@@ -79,6 +79,8 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.state_formats
+	$(BIN)/python -m benchmarks.kill_and_resume
+	$(BIN)/python -m benchmarks.checkpoint_time
 
 # The same with vLLM.
 serve-benchmarks: setup $(VLLM_VENV)/.ready

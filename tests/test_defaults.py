@@ -40,6 +40,11 @@ DEFAULTS = dict(
     gradient_release=False,
     activation_checkpointing=False,
     checkpoint="dense",
+    checkpoint_every=None,
+    checkpoint_dir=None,
+    checkpoint_keep=2,
+    resume="auto",
+    track=[],
 )
 QUICK = dict(sparsity=0.9, steps=1, batch_size=1, sequence_length=2)
 

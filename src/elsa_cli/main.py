@@ -1,4 +1,4 @@
-"""The ``elsa`` command: pack, unpack, inspect and bench checkpoints; plan a run."""
+"""The ``elsa`` command: plan a pruning run and make it; pack, unpack, inspect and bench checkpoints."""
 
 import typer
 
@@ -6,15 +6,16 @@ from elsa_cli.benching import bench
 from elsa_cli.inspecting import inspect
 from elsa_cli.packing import pack, unpack
 from elsa_cli.planning import plan
+from elsa_cli.pruning import prune
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Sparse checkpoints of pruned models: make them, turn them back, look into them, measure them. And plan a "
-    "pruning run.",
+    help="Prune a model, or plan it. Sparse checkpoints of pruned models: make them, turn them back, look into them, "
+    "measure them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (pack, unpack, inspect, bench, plan):
+for _command in (prune, plan, pack, unpack, inspect, bench):
     app.command()(_command)

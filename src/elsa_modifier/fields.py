@@ -14,7 +14,15 @@ from elsa_modifier.targets import Target, fractions_of
 from elsa_modifier.training.distillation import Distillation, copy_as_teacher
 from elsa_modifier.training.objective import Objective, next_token_loss
 
-__all__ = ["Budget", "ObjectiveName", "Penalty", "Tightening", "TrainingObjective", "refuse_two_state_dtypes"]
+__all__ = [
+    "Budget",
+    "CheckpointEvery",
+    "ObjectiveName",
+    "Penalty",
+    "Tightening",
+    "TrainingObjective",
+    "refuse_two_state_dtypes",
+]
 
 ObjectiveName = Literal["next_token", "distill", "distill_hidden", "reconstruction"]
 
@@ -63,6 +71,25 @@ class TrainingObjective(_Named):
             hidden=self.hidden_weight * (self.name != "distill"),
             temperature=self.temperature,
         )
+
+
+class CheckpointEvery(BaseModel):
+    """How often a training checkpoint is made; one of the two, and always after the last step.
+
+    :param steps: optimizer steps from one to the next
+    :param minutes: the least time from one to the next
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> "CheckpointEvery":
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("checkpoint_every takes one of steps and minutes, for example {minutes: 10}")
+        return self
 
 
 class Tightening(_Named):

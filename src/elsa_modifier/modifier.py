@@ -1,6 +1,7 @@
 """ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from elsa_modifier.admm.bitmask import unpack_bits
@@ -19,12 +21,22 @@ from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
-from elsa_modifier.fields import Budget, Penalty, Tightening, TrainingObjective, refuse_two_state_dtypes
+from elsa_modifier.fields import (
+    Budget,
+    CheckpointEvery,
+    Penalty,
+    Tightening,
+    TrainingObjective,
+    refuse_two_state_dtypes,
+)
 from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
 from elsa_modifier.quantization.modifier import keep_zeros, release
+from elsa_modifier.resuming.checkpoints import Run
+from elsa_modifier.resuming.fingerprint import model_fingerprint, recipe_fingerprint
+from elsa_modifier.resuming.session import Checkpointing, checkpointing_of
 from elsa_modifier.saved_keys import experts_to_fuse
-from elsa_modifier.saving import check_output_directory, extend_save_pretrained
+from elsa_modifier.saving import check_output_directory, extend_save_pretrained, output_directory
 from elsa_modifier.targets import Target, find_targets
 from elsa_modifier.training.base_optimizer import (
     LOW_BIT_OPTIMIZERS,
@@ -33,9 +45,9 @@ from elsa_modifier.training.base_optimizer import (
     check_optimizer,
 )
 from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_without_causal_loss
-from elsa_modifier.training.data import batches_from_calibration
+from elsa_modifier.training.data import ResumableSource, batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
-from elsa_modifier.training.loop import Precision, StepRecord, train
+from elsa_modifier.training.loop import Precision, StepRecord, StepWatcher, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
 from elsa_modifier.unreached import warn_of_unreached
 from elsa_modifier.zeros import put_zeros_back
@@ -111,7 +123,15 @@ class ELSAModifier(Modifier):
         ``max_grad_norm: null`` and no gradient accumulation
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
     :param checkpoint: how ``output_dir`` and ``save_pretrained`` write the model: ``dense``, as ever, or in the sparse
-        format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``
+        format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``. The fields below are of something else, what
+        a run that was stopped goes on from (docs/resuming.md)
+    :param checkpoint_every: how often a training checkpoint is made, ``{steps: 100}`` or ``{minutes: 10}``, and with it
+        whether at all
+    :param checkpoint_dir: where; None is beside ``output_dir``, with ``-training`` at the end of its name
+    :param checkpoint_keep: how many stay, the last ones
+    :param resume: ``auto`` goes on from the last training checkpoint in ``checkpoint_dir`` if there is one, ``never``
+        from none, and a path from that one
+    :param track: trackers of accelerate that are told of every step: ``tensorboard``, ``wandb``, ``trackio`` and others
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -145,6 +165,11 @@ class ELSAModifier(Modifier):
     gradient_release: bool = False
     activation_checkpointing: bool = False
     checkpoint: Encoding = "dense"
+    checkpoint_every: CheckpointEvery | None = None
+    checkpoint_dir: str | None = None
+    checkpoint_keep: int = Field(2, ge=1)
+    resume: str = Field("auto", min_length=1)
+    track: list[str] = Field(default_factory=list)
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
     _masks: dict[str, tuple[Tensor, torch.Size]] = PrivateAttr(default_factory=dict)
@@ -152,6 +177,7 @@ class ELSAModifier(Modifier):
     _experts: dict[str, FusedLayout] = PrivateAttr(default_factory=dict)
     _frozen: frozenset[str] = PrivateAttr(default_factory=frozenset)
     _later: list[Modifier] = PrivateAttr(default_factory=list)
+    _checkpointing: Checkpointing | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +185,7 @@ class ELSAModifier(Modifier):
         refuse_two_state_dtypes(values)
         return values
 
-    @field_validator("targets", "ignore", mode="before")
+    @field_validator("targets", "ignore", "track", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -254,6 +280,9 @@ class ELSAModifier(Modifier):
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)
         check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
+        # Two modifiers with the same fields are equal.
+        place = [id(other) for other in recipe if trains(other)].index(id(self))
+        self._checkpointing = checkpointing_of(self, place, output_directory())
         keep_in_recipe_file(recipe)
         self._later = following(self, recipe)
         return True
@@ -296,19 +325,23 @@ class ELSAModifier(Modifier):
                 num_warmup_steps=self.warmup_steps,
                 num_training_steps=self.steps,
             )
-            train(
-                model,
-                optimizer,
-                scheduler,
-                batches,
-                objective=self.objective.of(model),
-                steps=self.steps,
-                max_grad_norm=self.max_grad_norm,
-                precision=self.precision,
-                device=device,
-                history=self._history,
-                gradient_release=self.gradient_release,
-            )
+            # A teacher is the model as it is now, before the weights of a training checkpoint come.
+            objective = self.objective.of(model)
+            with self._watching(model, optimizer, scheduler, batches) as watcher:
+                train(
+                    model,
+                    optimizer,
+                    scheduler,
+                    batches,
+                    objective=objective,
+                    steps=self.steps,
+                    max_grad_norm=self.max_grad_norm,
+                    precision=self.precision,
+                    device=device,
+                    history=self._history,
+                    gradient_release=self.gradient_release,
+                    watcher=watcher,
+                )
             warn_of_unreached(optimizer.unreached, targets=len(targets), pruned=self.prune_unreached)
             self._unreached = [] if self.prune_unreached else optimizer.unreached
             for target, pair in zip(targets, optimizer.states, strict=True):
@@ -342,6 +375,17 @@ class ELSAModifier(Modifier):
             state.model, history=self._history_json(), checkpoint=self.checkpoint, experts=self._experts
         )
         return True
+
+    def _watching(
+        self, model: PreTrainedModel, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: ResumableSource
+    ) -> AbstractContextManager[StepWatcher | None]:
+        """What makes training checkpoints within the context, if the recipe asks for some; goes on from one first."""
+        if self._checkpointing is None or not self._checkpointing.in_use:
+            return nullcontext()
+        recipe = recipe_fingerprint(self.model_dump())
+        identity = {"model": model_fingerprint(model), "recipe": recipe, "data": batches.fingerprint()}
+        run = Run(model, optimizer, scheduler, batches, self._history, identity, self.steps)
+        return self._checkpointing.watching(run, recipe)
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
         structure = parse_mask_structure(self.mask_structure)

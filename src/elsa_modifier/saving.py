@@ -25,7 +25,7 @@ from elsa_sparse.atomic import check_target
 from elsa_sparse.entry import Encoding
 from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_through
 
-__all__ = ["HISTORY_FILE", "check_output_directory", "extend_save_pretrained"]
+__all__ = ["HISTORY_FILE", "check_output_directory", "extend_save_pretrained", "output_directory"]
 
 HISTORY_FILE = "elsa_history.json"
 
@@ -38,7 +38,7 @@ def check_output_directory(model: PreTrainedModel, checkpoint: Encoding, others:
     :param others: modifiers beside this one; if there are any, they may make the checkpoint smaller
     :raises OSError: if it cannot be, or has too little space; FileExistsError if files in it are in the way
     """
-    directory = _output_directory()
+    directory = output_directory()
     if directory is None:
         return
     advice = "free it, or give oneshot another output_dir"
@@ -67,7 +67,7 @@ def check_output_directory(model: PreTrainedModel, checkpoint: Encoding, others:
         )
 
 
-def _output_directory() -> Path | None:
+def output_directory() -> Path | None:
     """Where the ``Oneshot`` that called this will save, if it will.
 
     The session knows nothing of it; but modifiers are initialized by a method of the object that does, so it is among

@@ -295,6 +295,25 @@ class ADMMOptimizer:
         """Drop all gradients of the base optimizer's parameters."""
         self.base.zero_grad(set_to_none=True)
 
+    def progress(self) -> dict[str, Any]:
+        """How far it is, in JSON's types: with weights, moments and ``states``, all that it takes to go on."""
+        return {
+            "step_count": self.step_count,
+            "frozen": self.frozen,
+            "projection_count": self.projection_count,
+            "keeps": [state.keep for state in self.states],
+            "unreached": self.unreached,
+        }
+
+    def restore_progress(self, progress: Mapping[str, Any]) -> None:
+        """Be as far as another optimizer on weights of the same names was."""
+        self.step_count = progress["step_count"]
+        self.frozen = progress["frozen"]
+        self.projection_count = progress["projection_count"]
+        for state, keep in zip(self.states, progress["keeps"], strict=True):
+            state.keep = keep
+        self._reached = {id(w.weight) for w in self.weights if w.name not in progress["unreached"]}
+
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Kept entries by weight name, bool; of ``unreached`` weights too, to which they may never be applied."""

@@ -79,6 +79,22 @@ class ADMMState:
         """Bytes this state holds."""
         return self._bits.nbytes + (0 if self._pair is None else self._pair.nbytes)
 
+    @property
+    def pair_parts(self) -> dict[str, tuple[Tensor, int]]:
+        """What the pair is stored in, as :attr:`~elsa_modifier.admm.storage.StoredPair.parts`; empty without one."""
+        return {} if self._pair is None else self._pair.parts
+
+    def pair_values(self) -> Tensor:
+        """``z`` on the support and ``-y`` off it, as far as they are stored, fp32, the shape of the weight."""
+        return self._stored()
+
+    def write_pair_(self, values: Tensor) -> None:
+        """Store values as :meth:`pair_values` gives them, for the mask as it is now."""
+        assert self._pair is not None
+        scratch = self._scratch(None)
+        for start, end, bits in self._chunks():
+            self._pair.write(start, end, _flat(values)[start:end].float().clone(), bits, scratch)
+
     def split(self, x: Tensor) -> Tensor:
         """``z``, fp32, of which ``x`` is the weight."""
         return (self._stored() if self.form == "coupled" else x.detach().float()) * self.mask

@@ -75,6 +75,12 @@ class StoredPair:
         """Bytes held."""
         return self._codes.nbytes + sum(scale.nbytes for scale in self._scales)
 
+    @property
+    def parts(self) -> dict[str, tuple[Tensor, int]]:
+        """The tensors that it is made of, by name, and how many entries each of their elements is for."""
+        scales = {f"scale{kind}": (scale, BLOCK) for kind, scale in enumerate(self._scales)}
+        return {"codes": (self._codes, 1)} | scales
+
     def read(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
         """Entries ``start`` to ``end`` of the tensor, fp32: a view of the storage or of ``scratch``, to be read only.
 

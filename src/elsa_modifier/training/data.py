@@ -1,5 +1,6 @@
 """From llm-compressor's calibration DataLoader to training batches of full sequences."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -13,11 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from elsa_modifier.training.digest import sha256_of
+from elsa_modifier.training.randomness import random_states, restore_random_states
+
 __all__ = [
     "IGNORED_LABEL",
     "BatchSource",
     "LoaderBatches",
     "PackedBatches",
+    "ResumableSource",
     "batches_from_calibration",
     "pack_documents",
 ]
@@ -34,6 +39,22 @@ class BatchSource(Protocol):
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """The micro-batches of an optimizer step: model inputs and ``labels``, int64, (batch, length) each."""
+
+
+class ResumableSource(BatchSource, Protocol):
+    """Batches that another process can go on with."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others, in JSON's types."""
+
+    def position(self) -> dict[str, Tensor]:
+        """What it takes, beside the number of the step, to go on with the next one in another process."""
+
+    def restore_position(self, position: Mapping[str, Tensor]) -> None:
+        """Be where another source of the same data was.
+
+        :raises ValueError: if the data are found to be others
+        """
 
 
 class PackedBatches:
@@ -63,6 +84,21 @@ class PackedBatches:
             for rows in torch.tensor(indices).split(self.batch_size)
         ]
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "sequences": len(self.input_ids),
+            "tokens in a sequence": self.input_ids.shape[1],
+            "sequences in a micro-batch": self.batch_size,
+            "micro-batches in a step": self.accumulation,
+            "SHA-256 of tokens and labels": sha256_of(self.input_ids, self.labels),
+        }
+
+    def position(self) -> dict[str, Tensor]:
+        return {}  # the number of the step says it all
+
+    def restore_position(self, position: Mapping[str, Tensor]) -> None:
+        pass
+
     def _sequence(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.input_ids))
         if epoch != self._epoch:
@@ -74,25 +110,70 @@ class PackedBatches:
 class LoaderBatches:
     """A DataLoader that the user built, as it is and over and over; padding is masked out of the loss.
 
-    The loader decides the batch size and the order.
+    The loader decides the batch size and the order. Its place cannot be asked for. It is found again by beginning its
+    epoch anew, with random generators as they were then, and taking as many batches: that they are the same is checked.
     """
 
     def __init__(self, loader: DataLoader[Any], *, accumulation: int) -> None:
         self.accumulation = accumulation
-        self._batches = self._cycle(loader)
+        self._loader = loader
+        self._batches = self._cycle()
+        self._began: dict[str, Tensor] = {}
+        self._taken = 0
+        self._digest = hashlib.sha256()
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        return [self._with_labels(*next(self._batches)) for _ in range(self.accumulation)]
+        return [self._next() for _ in range(self.accumulation)]
 
-    @staticmethod
-    def _cycle(loader: DataLoader[Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def fingerprint(self) -> dict[str, Any]:
+        return {"micro-batches in a step": self.accumulation}
+
+    def position(self) -> dict[str, Tensor]:
+        digest = torch.frombuffer(bytearray(self._digest.digest()), dtype=torch.uint8)
+        began = {f"began.{name}": state for name, state in self._began.items()}
+        return began | {"taken": torch.tensor(self._taken), "sha256": digest}
+
+    def restore_position(self, position: Mapping[str, Tensor]) -> None:
+        began = {n.removeprefix("began."): state for n, state in position.items() if n.startswith("began.")}
+        if not began:
+            return
+        now = random_states()
+        restore_random_states(began)
+        try:
+            for name, generator in self._generators().items():
+                if name in began:
+                    generator.set_state(began[name])
+            for _ in range(int(position["taken"])):
+                self._next()
+        finally:
+            restore_random_states(now)
+        if not torch.equal(self.position()["sha256"], position["sha256"]):
+            raise ValueError(
+                "data: the DataLoader's first batches of an epoch are not those that the training checkpoint has seen. "
+                "Pass the same DataLoader, one whose order depends on nothing but random generators"
+            )
+
+    def _next(self) -> dict[str, Tensor]:
+        batch = self._with_labels(*next(self._batches))
+        self._digest.update(sha256_of(batch["input_ids"], batch["labels"]).encode())
+        self._taken += 1
+        return batch
+
+    def _cycle(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         while True:
+            own = {name: generator.get_state() for name, generator in self._generators().items()}
+            self._began, self._taken, self._digest = random_states() | own, 0, hashlib.sha256()
             empty = True
-            for index, batch in enumerate(loader):
+            for index, batch in enumerate(self._loader):
                 empty = False
                 yield index, batch
             if empty:
                 raise ValueError("the dataset's DataLoader yields no batch; ELSA needs training text")
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Those that the loader's order is drawn from, beside the default ones."""
+        found = {"loader": self._loader.generator, "sampler": getattr(self._loader.sampler, "generator", None)}
+        return {name: generator for name, generator in found.items() if generator is not None}
 
     @staticmethod
     def _with_labels(index: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -181,7 +262,7 @@ def batches_from_calibration(
     length: int,
     separator: int | None,
     seed: int,
-) -> BatchSource:
+) -> ResumableSource:
     """Batches for a run, from the DataLoader that llm-compressor hands to a modifier.
 
     A loader that llm-compressor made from a text or token dataset is taken apart: all of its documents are packed into

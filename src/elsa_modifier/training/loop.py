@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from loguru import logger
@@ -19,9 +19,14 @@ from elsa_modifier.training.data import BatchSource
 from elsa_modifier.training.gradient_release import releasing_gradients
 from elsa_modifier.training.objective import Objective, count_targets, next_token_loss
 
-__all__ = ["Precision", "StepRecord", "TrainingDiverged", "train"]
+__all__ = ["Precision", "StepRecord", "StepWatcher", "TrainingDiverged", "TrainingStopped", "train"]
 
 Precision = Literal["bf16", "fp32"]
+
+_NOTHING_LEFT = (
+    "Nothing has been saved, and there is no continuing: the run has to start again from its beginning. Set "
+    "checkpoint_every to have something to go on from next time."
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -60,6 +65,20 @@ class StepRecord:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """Someone asked for the end between two steps, and was told what is left behind."""
+
+
+class StepWatcher(Protocol):
+    """What looks on, and keeps what a stopped run can go on from."""
+
+    def after_step(self, record: StepRecord) -> None:
+        """Called after each step, before the next."""
+
+    def left_behind(self) -> str:
+        """What there is to go on from once training has failed, as a sentence."""
+
+
 def train(
     model: PreTrainedModel,
     optimizer: ADMMOptimizer,
@@ -73,8 +92,9 @@ def train(
     device: torch.device,
     history: list[StepRecord],
     gradient_release: bool = False,
+    watcher: StepWatcher | None = None,
 ) -> None:
-    """Run ``steps`` optimizer steps and append a record of each to ``history``.
+    """Run the optimizer steps that it has not taken yet, up to ``steps``, and append a record of each to ``history``.
 
     :param model: in training mode, on ``device``, fp32 parameters
     :param objective: what is minimized
@@ -82,20 +102,23 @@ def train(
     :param precision: ``bf16`` runs forward and backward under autocast
     :param gradient_release: see :mod:`elsa_modifier.training.gradient_release`; needs ``max_grad_norm`` None and a
         single micro-batch
+    :param watcher: is told of every step
     :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight; with
         gradient release a norm is known only afterwards
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    started = time.perf_counter()
+    # A run that is resumed has taken steps before.
+    first = optimizer.step_count
+    started = time.perf_counter() - (history[-1].seconds if first else 0.0)
+    seen = sum(record.tokens for record in history) if first else 0
     shown_residual = ""
-    seen = 0
     releasing = releasing_gradients(optimizer, parameters) if gradient_release else nullcontext()
     with (
-        _telling_where_it_stopped(optimizer, steps),
-        tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar,
+        _telling_where_it_stopped(optimizer, steps, watcher),
+        tqdm(initial=first, total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar,
         releasing as release,
     ):
-        for step in range(steps):
+        for step in range(first, steps):
             learning_rate = float(scheduler.get_last_lr()[0])
             penalty = 0.0 if optimizer.frozen else optimizer.penalty(step)
             projections = optimizer.projection_count
@@ -144,19 +167,27 @@ def train(
                 f"sparsity {record.sparsity:.3f} {seen / seconds:,.0f} tok/s"
             )
             bar.update()
+            if watcher is not None:
+                watcher.after_step(record)
 
 
 @contextmanager
-def _telling_where_it_stopped(optimizer: ADMMOptimizer, steps: int) -> Iterator[None]:
+def _telling_where_it_stopped(optimizer: ADMMOptimizer, steps: int, watcher: StepWatcher | None) -> Iterator[None]:
     try:
         yield
+    except TrainingDiverged as error:
+        if watcher is not None:
+            raise TrainingDiverged(f"{error}. {watcher.left_behind()}") from error
+        raise
+    except TrainingStopped:
+        raise
     except KeyboardInterrupt:
         done = optimizer.step_count
         weights = "pruned, and trained in part" if optimizer.frozen else "trained in part, and not pruned"
         logger.error(
             f"Interrupted in step {min(done + 1, steps)} of {steps}, after {done} whole ones. The weights in memory "
-            f"are {weights}; some may have taken a step more than others. Nothing has been saved, and there is no "
-            "continuing: the run has to start again from its beginning."
+            f"are {weights}; some may have taken a step more than others. "
+            + (watcher.left_behind() if watcher is not None else _NOTHING_LEFT)
         )
         raise
 

@@ -64,6 +64,11 @@ class _Moment(ABC):
         self.scale = torch.zeros(padded(codes.numel(), self._block) // self._block, device=codes.device)
         self._shape = shape
 
+    @property
+    def block(self) -> int:
+        """Entries that share a scale."""
+        return self._block
+
     def dequantize(self) -> Tensor:
         """All of it: fp32, the shape of the parameter."""
         return self.read(0, self.codes.numel()).view(self._shape)

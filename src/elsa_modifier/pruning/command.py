@@ -1,0 +1,141 @@
+"""What ``elsa prune`` does, for the command line to call."""
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compressed_tensors.offload import remove_dispatch
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
+from llmcompressor.utils.dev import get_main_device
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from elsa_modifier.evaluation import perplexity
+from elsa_modifier.fields import CheckpointEvery
+from elsa_modifier.modifier import ELSAModifier
+from elsa_modifier.named_recipes import find_recipe
+from elsa_modifier.planning.settings import modifier_of_recipe
+from elsa_modifier.pruning.texts import read_texts
+from elsa_modifier.resuming.session import Checkpointing
+from elsa_modifier.saving import HISTORY_FILE
+from elsa_modifier.tracking import METRICS_FILE
+from elsa_modifier.training.loop import TrainingDiverged
+
+__all__ = ["Summary", "run"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run has come to.
+
+    :param sparsity: fraction of zeros over the weights that were pruned
+    :param perplexity_before: on text that was held out; None if there was too little
+    :param held_out_tokens: that it was measured on
+    :param seconds: of this process, from loading to saving
+    :param training_seconds: of all steps, in this process and those before it
+    :param memory: most that was held, bytes of main memory; ``device_memory`` of an accelerator's, or None
+    :param model, history, checkpoints, metrics: where these are; None where there is none
+    """
+
+    sparsity: float
+    perplexity_before: float | None
+    perplexity_after: float | None
+    held_out_tokens: int
+    seconds: float
+    training_seconds: float
+    memory: int
+    device_memory: int | None
+    model: str
+    history: str
+    checkpoints: str | None
+    metrics: str | None
+
+
+def run(
+    model: str,
+    recipe: str | Path,
+    data: str,
+    out: Path,
+    *,
+    resume: str | None = None,
+    checkpoint_minutes: float = 10.0,
+    track: Sequence[str] = (),
+) -> Summary:
+    """Prune a model, save it, and say what it has come to.
+
+    :param model: directory, or a name on the hub
+    :param recipe: a file, or the name of a recipe that comes with the package
+    :param data: see :func:`~elsa_modifier.pruning.texts.documents`
+    :param out: directory of the pruned model
+    :param resume: None is what the recipe says
+    :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
+    :param track: trackers beside those of the recipe
+    :raises ValueError: if the run cannot work, or a loss is not finite; the message says what to do
+    """
+    began = time.perf_counter()
+    elsa = modifier_of_recipe(recipe)
+    modifiers = Recipe.create_instance(str(find_recipe(recipe))).modifiers
+    pruners = [modifier for modifier in modifiers if isinstance(modifier, ELSAModifier)]
+    for modifier in pruners:
+        if modifier.checkpoint_every is None and checkpoint_minutes > 0:
+            modifier.checkpoint_every = CheckpointEvery(minutes=checkpoint_minutes)
+        if resume is not None:
+            modifier.resume = resume
+        modifier.track = list(dict.fromkeys([*modifier.track, *track]))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    length = _length(elsa, dense)
+    tokens = length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
+    texts = read_texts(data, tokenizer, length=length, tokens=tokens)
+    before = _measured(dense, texts.held_out)
+    try:
+        pruned = oneshot(
+            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
+        )
+    except TrainingDiverged as error:
+        raise ValueError(str(error)) from error
+    last = pruners[-1]
+    masks = last.masks.values()
+    checkpointing = last._checkpointing
+    directory = checkpointing.directory if isinstance(checkpointing, Checkpointing) else None
+    return Summary(
+        sparsity=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
+        perplexity_before=before,
+        perplexity_after=_measured(pruned, texts.held_out),
+        held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
+        seconds=time.perf_counter() - began,
+        training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
+        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        model=str(out),
+        history=str(out / HISTORY_FILE),
+        checkpoints=str(directory) if directory and last.checkpoint_every else None,
+        metrics=str(directory / METRICS_FILE) if directory else None,
+    )
+
+
+def _as_list(modifiers: Sequence[Modifier]) -> list[Modifier]:
+    return list(modifiers)
+
+
+def _length(modifier: ELSAModifier, model: PreTrainedModel) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(modifier.sequence_length, limit or modifier.sequence_length)
+
+
+def _measured(model: PreTrainedModel, held_out: Tensor | None) -> float | None:
+    """Perplexity on the accelerator, if there is one."""
+    if held_out is None:
+        return None
+    remove_dispatch(model)
+    place = next(model.parameters()).device
+    model.to(get_main_device())
+    try:
+        return perplexity(model, held_out)
+    finally:
+        model.to(place)

@@ -1,0 +1,114 @@
+"""``elsa prune`` on a tiny model, from files to the summary."""
+
+import json
+
+import pytest
+import torch
+from loguru import logger
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from elsa_cli.main import app
+from elsa_modifier.pruning.texts import documents, read_texts
+from elsa_modifier.resuming.checkpoints import TrainingCheckpoints
+from tests.resuming.conftest import Killed
+
+RECIPE = """
+prune_stage:
+  prune_modifiers:
+    ELSAModifier: {sparsity: 0.8, steps: 12, batch_size: 2, sequence_length: 16, interval: 3, lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def command(checkpoint, texts, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "data").mkdir()
+    rows = texts["text"]
+    (tmp_path / "data" / "a.txt").write_text(" ".join(rows[:32]))
+    (tmp_path / "data" / "b.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows[32:]))
+
+    def command(*more, code=0, out="out", data="data"):
+        arguments = ["prune", checkpoint(), "--recipe", tmp_path / "recipe.yaml", "--data", tmp_path / data]
+        arguments += ["--out", tmp_path / out, *more]
+        result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+        assert result.exit_code == code, result.output
+        return result
+
+    return command
+
+
+def test_summary(command, tmp_path):
+    summary = json.loads(command("--json").stdout)
+    assert summary["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert summary["perplexity_before"] > 1 and summary["perplexity_after"] > 1
+    assert summary["held_out_tokens"] % 16 == 0 and summary["memory"] > 10**8
+    assert summary["seconds"] > summary["training_seconds"] > 0
+    model = AutoModelForCausalLM.from_pretrained(summary["model"])
+    assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) > 0.5
+    lines = (tmp_path / "out-training" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+    for key in ("history", "checkpoints", "metrics"):
+        assert str(tmp_path) in summary[key]
+
+
+def test_the_same_command_goes_on(command, tmp_path, monkeypatch):
+    whole = json.loads(command("--json", out="whole").stdout)
+    inner = TrainingCheckpoints.after_step
+
+    def after_step(self, record):
+        inner(self, record)
+        if record.step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainingCheckpoints, "after_step", after_step)
+        command("--checkpoint-minutes", "1e-9")
+    logged = []
+    handler = logger.add(logged.append, level="INFO")
+    said = command("--checkpoint-minutes", "1e-9")
+    logger.remove(handler)
+    assert "perplexity" in said.stdout and "80.0" in said.stdout and "out-training" in said.stdout
+    assert any("Going on after step 5" in message for message in logged)
+    resumed, first = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(resumed[name], first[name]) for name in first)
+    again = json.loads(command("--json", "--resume", "never").stdout)
+    assert again["perplexity_after"] == whole["perplexity_after"]
+
+
+def test_no_checkpoints(command, tmp_path):
+    assert json.loads(command("--json", "--checkpoint-minutes", "0").stdout)["checkpoints"] is None
+    assert not (tmp_path / "out-training").exists()
+
+
+def test_errors_are_a_line(command, tmp_path):
+    assert "there is no file" in command(code=1, data="none.txt").stderr
+    (tmp_path / "few.txt").write_text("w1 w2 w3")
+    assert "has 4 tokens; a run takes at least 32" in command(code=1, data="few.txt").stderr
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n{"other": 1}\n')
+    assert "line 2, has neither text nor messages, but other" in command(code=1, data="rows.jsonl").stderr
+    (tmp_path / "broken.jsonl").write_text("{")
+    assert "line 1, is not JSON" in command(code=1, data="broken.jsonl").stderr
+    (tmp_path / "empty").mkdir()
+    assert "has no file that ends with" in command(code=1, data="empty").stderr
+    assert "track has 'paper'" in command("--track", "paper", code=1).stderr
+
+
+def test_what_is_held_out_is_not_trained_on(tokenizer, tmp_path):
+    # 16-token windows that say which one they are.
+    words = [f"w{i % 94}" for i in range(16 * 60)]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    texts = read_texts(str(tmp_path / "book.txt"), tokenizer, length=16, tokens=10**6)
+    assert len(texts.training) == 57 and texts.held_out.shape == (3, 16)
+    ids = [i for row in texts.training["input_ids"] for i in row] + texts.held_out.flatten().tolist()
+    assert ids == tokenizer(" ".join(words))["input_ids"]
+    # No more is read than the run uses, and what is measured on.
+    short = read_texts(str(tmp_path / "book.txt"), tokenizer, length=16, tokens=16 * 10)
+    assert len(short.training) + len(short.held_out) == 42
+
+
+def test_documents(tmp_path):
+    (tmp_path / "b.md").write_text("second")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"messages": [{"role": "user", "content": "x"}]}\n')
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    assert list(documents(str(tmp_path))) == ["first", [{"role": "user", "content": "x"}], "second"]
