@@ -92,7 +92,7 @@ def measure(directory: Path, log: Path, repeats: int, *arguments: str) -> dict[s
         return row | _speeds(server, repeats)
 
 
-def _page() -> list[str]:
+def _page(note: str) -> list[str]:
     latest = {(row["model"], row["sparsity"], row["weights"]): row for row in read_rows(NAME)}
     lines = [
         "# Pruned models in a vLLM server",
@@ -104,6 +104,7 @@ def _page() -> list[str]:
         "",
         "Memory: weights of the linear layers in MB; the process with the weights when it is up, and the most it had",
         "while it loaded, in GB, a KV cache of 1 GB included.",
+        *(["", note] if note else []),
     ]
     for model in dict.fromkeys(key[0] for key in latest):
         rows = {key[1:]: row for key, row in latest.items() if key[0] == model}
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="of the stack; 405 MB each if dense")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--page", action="store_true", help="only write the page from what has been measured")
+    parser.add_argument("--note", default="", help="a sentence for the page, on the machine that was measured on")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -157,7 +159,7 @@ def main() -> None:
                     switch = DENSE if weights == "dense" else ()
                     row = measure(sparse, root / "server.log", arguments.repeats, *switch)
                     append_row(NAME, {"model": title, "sparsity": sparsity, "weights": weights, "about": about} | row)
-    publish(NAME, _page())
+    publish(NAME, _page(arguments.note))
 
 
 def _stack(layers: int) -> Callable[[Path, float], Path]:
