@@ -21,7 +21,13 @@ from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
 from elsa_modifier.fields import Budget, Penalty, Tightening, TrainingObjective, refuse_two_state_dtypes
 from elsa_modifier.fused_experts import FusedLayout
-from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
+from elsa_modifier.preflight import (
+    check_values,
+    frozen_parameters,
+    refuse_launchers,
+    refuse_on_ranks,
+    refuse_unmatched,
+)
 from elsa_modifier.quantization.modifier import keep_zeros, release
 from elsa_modifier.saved_keys import experts_to_fuse
 from elsa_modifier.saving import check_output_directory, extend_save_pretrained
@@ -36,7 +42,10 @@ from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_with
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
-from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
+from elsa_modifier.training.model_state import WEIGHT_DTYPES
+from elsa_modifier.training.parallel import Alone, ParallelName
+from elsa_modifier.training.ranks import Ranks, is_first_process, launched_ranks, ranks_of_this_run
+from elsa_modifier.training.spreading import spread
 from elsa_modifier.unreached import warn_of_unreached
 from elsa_modifier.zeros import put_zeros_back
 from elsa_sparse.entry import Encoding
@@ -110,6 +119,8 @@ class ELSAModifier(Modifier):
     :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
         ``max_grad_norm: null`` and no gradient accumulation
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
+    :param parallel: what several processes, started by torchrun, do: with ``fsdp`` each holds a part of every matrix,
+        of its gradient and of all states (FSDP2); with ``ddp`` each holds all. ``batch_size`` counts over all of them
     :param checkpoint: how ``output_dir`` and ``save_pretrained`` write the model: ``dense``, as ever, or in the sparse
         format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``
     """
@@ -144,6 +155,7 @@ class ELSAModifier(Modifier):
     state_dtype: StateDtype = "fp32"
     gradient_release: bool = False
     activation_checkpointing: bool = False
+    parallel: ParallelName = "fsdp"
     checkpoint: Encoding = "dense"
 
     _history: list[StepRecord] = PrivateAttr(default_factory=list)
@@ -250,10 +262,12 @@ class ELSAModifier(Modifier):
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
         check_recipe(recipe, state.model)
+        refuse_on_ranks(recipe, gradient_release=self.gradient_release, ranks=launched_ranks())
         check_unquantized(state.model)
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)
-        check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
+        if is_first_process():
+            check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
         keep_in_recipe_file(recipe)
         self._later = following(self, recipe)
         return True
@@ -262,13 +276,19 @@ class ELSAModifier(Modifier):
         """Train, and leave the pruned weights in the model.
 
         :raises TrainingDiverged: at the first loss that is not finite
+        :raises RankFailed: if another process of this run failed first
         """
         model: PreTrainedModel = state.model
         # A pipeline for all modifiers instead of one for each trains at its start, before any other has done its work.
         check_recipe(sorted(active_session().lifecycle.recipe.modifiers, key=lambda m: not trains(m)), model)
-        device = get_main_device()
+        with ranks_of_this_run() as ranks:
+            self._run(model, self._calibration_loader(state), ranks)
+        keep_zeros(self._later)
+
+    def _run(self, model: PreTrainedModel, loader: Any, ranks: Ranks | None) -> None:
+        device = get_main_device() if ranks is None else ranks.device
         batches = batches_from_calibration(
-            self._calibration_loader(state),
+            loader,
             steps=self.steps,
             batch_size=self.batch_size,
             accumulation=self.gradient_accumulation_steps,
@@ -277,19 +297,25 @@ class ELSAModifier(Modifier):
             seed=self.seed,
         )
         with (
-            trainable(
+            torch.random.fork_rng(),
+            spread(
                 model,
                 device,
+                ranks,
+                parallel=self.parallel,
+                seed=self.seed,
+                autocast=self.precision == "bf16",
                 dtype=WEIGHT_DTYPES[self.weight_dtype],
                 activation_checkpointing=self.activation_checkpointing,
                 frozen=self._frozen,
-            ),
-            torch.random.fork_rng(),
+            ) as run,
         ):
+            model = run.model
             refuse_without_causal_loss(model, autocast=self.precision == "bf16")
             torch.manual_seed(self.seed)
+            run.begin()
             targets = self._find_targets(model)
-            optimizer = self._build_optimizer(model, targets)
+            optimizer = self._build_optimizer(run, targets)
             scheduler = get_scheduler(
                 _SCHEDULERS[self.lr_schedule],
                 optimizer.base,
@@ -300,24 +326,24 @@ class ELSAModifier(Modifier):
                 model,
                 optimizer,
                 scheduler,
-                batches,
-                objective=self.objective.of(model),
+                run.batches(batches),
+                objective=run.objective(self.objective.of(model, run.teacher)),
                 steps=self.steps,
                 max_grad_norm=self.max_grad_norm,
                 precision=self.precision,
                 device=device,
                 history=self._history,
                 gradient_release=self.gradient_release,
+                parallel=run,
             )
             warn_of_unreached(optimizer.unreached, targets=len(targets), pruned=self.prune_unreached)
             self._unreached = [] if self.prune_unreached else optimizer.unreached
             for target, pair in zip(targets, optimizer.states, strict=True):
                 if target.name in self._unreached:
                     continue
-                self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
+                self._masks[target.name] = (run.whole_bits(pair, target.weight).cpu(), target.weight.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
-                target.weight.data.masked_fill_(~pair.mask, 0.0)
-        keep_zeros(self._later)
+                run.local(target.weight).data.masked_fill_(~pair.mask, 0.0)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -339,7 +365,11 @@ class ELSAModifier(Modifier):
         else:
             logger.info(message)
         extend_save_pretrained(
-            state.model, history=self._history_json(), checkpoint=self.checkpoint, experts=self._experts
+            state.model,
+            history=self._history_json(),
+            checkpoint=self.checkpoint,
+            experts=self._experts,
+            first=is_first_process(),
         )
         return True
 
@@ -356,15 +386,18 @@ class ELSAModifier(Modifier):
             return Budget(cap=max(0.99, self.sparsity))
         return None
 
-    def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
+    def _build_optimizer(self, run: Alone, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
-        weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        weights = [
+            PrunedWeight(t.name, run.local(t.weight), t.keep, structure, entries=t.weight.numel()) for t in targets
+        ]
         base = build_base_optimizer(
             self.optimizer,
-            parameters,
-            lr=self.lr or self._default_learning_rate(model, weights),
+            run.parameters,
+            lr=self.lr or self._default_learning_rate(run.model, weights),
             betas=(self.betas[0], self.betas[1]),
+            seed=self.seed,
+            places=run.places(),
         )
         freeze_step = round(self.finalize_at * self.steps)
         return ADMMOptimizer(
@@ -382,11 +415,12 @@ class ELSAModifier(Modifier):
             freeze_step=freeze_step,
             state_dtype=self.state_dtype,
             prune_unreached=self.prune_unreached,
+            shards=run.shards,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:
         width = getattr(model.config.get_text_config(), "hidden_size", None) or weights[0].weight.shape[1]
-        kept = sum(w.keep for w in weights) / sum(w.weight.numel() for w in weights)
+        kept = sum(w.keep for w in weights) / sum(w.size for w in weights)
         rate = default_learning_rate(steps=self.steps, width=width, sparsity=1 - kept)
         logger.info(
             f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."
