@@ -19,9 +19,12 @@ __all__ = ["RankFailed", "Ranks", "by_itself", "is_first_process", "launched_ran
 
 # What torchrun and accelerate tell a process, and what torch.distributed reads.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FAILURE = "elsa_modifier/failure"
+_FAILURE = "failure"
 # A rank that is late, as one that reads a slow disk, is waited for.
 _TIMEOUT = timedelta(hours=2)
+
+_met: tuple[dist.Store, int, int] | None = None
+_runs = 0
 
 
 class RankFailed(RuntimeError):
@@ -92,7 +95,8 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
     device = _own_device()
     if started:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend_of(device)}"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, count = _rendezvous()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=_TIMEOUT))
     try:
         with _telling_failures(ranks):
@@ -107,6 +111,17 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
         dist.destroy_process_group()
     else:
         dist.destroy_process_group(ranks.group)
+
+
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Where processes find each other, this one's rank, and how many there are."""
+    global _met, _runs
+    if _met is None:
+        _met = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store, rank, count = _met
+    _runs += 1
+    # What a run before this one in the same processes has left there would be taken for answers.
+    return dist.PrefixStore(f"elsa_modifier/{_runs}", store), rank, count
 
 
 @contextmanager
