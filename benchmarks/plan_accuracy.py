@@ -21,8 +21,8 @@ from elsa_modifier import ELSAModifier
 from elsa_modifier.planning import MemoryPlan, Planner
 from elsa_modifier.training.data import PackedBatches
 from elsa_modifier.training.loop import train
-from elsa_modifier.training.parallel import Alone
 from elsa_modifier.training.model_state import trainable
+from elsa_modifier.training.parallel import Alone
 
 STEPS = 2
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

@@ -90,7 +90,8 @@ def test_sums_do_not_grow_with_the_number_of_tensors():
     for some in (tensors[:1], tensors):
         parts = [[t[:1000] for t in some], [t[1000:] for t in some]]
         total = sum(t.numel() for t in some)
-        found, sums = on_shards(parts, lambda part, s, n=len(some): masks_of(part, [777] * n, s), scores=total)
+        keeps = [777] * len(some)
+        found, sums = on_shards(parts, lambda part, shards, keeps=keeps: masks_of(part, keeps, shards), scores=total)
         for i, tensor in enumerate(some):
             assert torch.equal(torch.cat([masks[i] for masks in found]), sorted_mask(tensor, 777))
         counts.append(len(sums))

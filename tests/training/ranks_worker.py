@@ -73,6 +73,7 @@ CASES = {
     "elsa-l": dict(_model="llama", **ELSA_L),
     "elsa-l ddp": dict(_model="llama", parallel="ddp", **ELSA_L),
     "elsa-l 2:4": dict(_model="llama", **ELSA_L, **TWO_OF_FOUR),
+    "fails": dict(_model="llama", _fails=1, **OWN),
     "torchao": dict(_model="llama", **(ELSA_L | dict(optimizer="adamfp8"))),
 }
 
@@ -142,6 +143,8 @@ def run(name, directory, **others):
     step, summing = ADMMOptimizer.step, chunks.sum_in_chunks
 
     def counted(self):
+        if self.step_count == 2 and str(special.get("_fails")) == os.environ.get("RANK"):
+            raise OSError("rank 1 has lost its disk")
         with Counting() as counting:
             step(self)
         sent.append(counting.sent)
