@@ -262,7 +262,8 @@ class ELSAModifier(Modifier):
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
         check_recipe(recipe, state.model)
-        refuse_on_ranks(recipe, gradient_release=self.gradient_release, ranks=launched_ranks())
+        whole = self.gradient_release and self.parallel == "ddp"
+        refuse_on_ranks(recipe, whole_gradients_released=whole, ranks=launched_ranks())
         check_unquantized(state.model)
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)

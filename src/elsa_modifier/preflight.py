@@ -43,12 +43,13 @@ def refuse_launchers(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def refuse_on_ranks(modifiers: Sequence[object], *, gradient_release: bool, ranks: int) -> None:
+def refuse_on_ranks(modifiers: Sequence[object], *, whole_gradients_released: bool, ranks: int) -> None:
     """Refuse what is not possible in several processes.
 
     :param modifiers: of the recipe
+    :param whole_gradients_released: whether a step is to be taken as soon as a gradient is there, of the whole weight
     :param ranks: how many there are
-    :raises ValueError: for another modifier in the recipe, or gradient release
+    :raises ValueError: for another modifier in the recipe, or such gradient release
     """
     if ranks == 1:
         return
@@ -58,11 +59,11 @@ def refuse_on_ranks(modifiers: Sequence[object], *, gradient_release: bool, rank
             f"the recipe has {names}, and there are {ranks} processes: after ELSAModifier only the first has the whole "
             "model for certain. Prune with ELSAModifier alone, then run the others on what was saved, without torchrun"
         )
-    if gradient_release:
+    if whole_gradients_released:
         raise ValueError(
-            f"gradient_release is true, and there are {ranks} processes: a gradient is whole only when all of them "
-            "have sent their part, and stepping at once would send something for every weight by itself. Set it to "
-            "false; parallel: fsdp leaves each process its share of the gradients"
+            f"gradient_release is true, parallel 'ddp', and there are {ranks} processes: a gradient would have to be "
+            "added up over all of them by itself, as soon as it is there. Use parallel 'fsdp', which does that anyway, "
+            "or set gradient_release to false"
         )
 
 

@@ -73,6 +73,9 @@ CASES = {
     "elsa-l": dict(_model="llama", **ELSA_L),
     "elsa-l ddp": dict(_model="llama", parallel="ddp", **ELSA_L),
     "elsa-l 2:4": dict(_model="llama", **ELSA_L, **TWO_OF_FOUR),
+    "released": dict(
+        _model="llama", **(ELSA_L | dict(gradient_release=True, max_grad_norm=None, objective="next_token"))
+    ),
     "fails": dict(_model="llama", _fails=1, **OWN),
     "torchao": dict(_model="llama", **(ELSA_L | dict(optimizer="adamfp8"))),
 }

@@ -1,6 +1,7 @@
 """Several processes against one: the same recipe under torchrun, on CPU ranks, and its twin in this process."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,15 @@ ON_TWO = [
     "autocast",
     "elsa-l",
     "elsa-l ddp",
-    "elsa-l 2:4",
+    "released",
     "torchao",
 ]
-ON_FOUR = ["budget", "uneven", "uneven own", "empty"]
+ON_FOUR = ["uneven", "uneven own", "empty"]
 # In bf16 a gradient is rounded as soon as it is found, so the twin finds it in as many parts as there are ranks.
-BF16 = {"autocast", "elsa-l", "elsa-l ddp", "elsa-l 2:4"}
 IN_PARTS = dict(batch_size=2, gradient_accumulation_steps=2)
+TWINS = {"autocast": IN_PARTS, "elsa-l": IN_PARTS, "elsa-l ddp": IN_PARTS}
+# Gradients that are released cannot be found in parts; not releasing them changes no bit.
+TWINS["released"] = IN_PARTS | dict(gradient_release=False)
 
 
 def torchrun(count, *arguments, seconds=600):
@@ -68,7 +71,7 @@ def twin(directory):
 
     def twin(name):
         if name not in made:
-            made[name] = run(name, directory, **(IN_PARTS if name in BF16 else {}))
+            made[name] = run(name, directory, **TWINS.get(name, {}))
         return made[name]
 
     return twin
@@ -97,7 +100,7 @@ def test_ranks_change_nothing_but_the_order_of_sums(count, name, found, twin):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["elsa-l", "elsa-l ddp", "elsa-l 2:4"])
+@pytest.mark.parametrize("name", ["elsa-l", "elsa-l ddp", "released"])
 def test_rounding_is_the_same_whoever_holds_the_rows(name, found, twin):
     """bf16 weights, moments in 8 bits, a state in int8, all rounded by noise: not a bit differs."""
     for key, weight in twin(name)["weights"].items():
@@ -127,13 +130,15 @@ def test_frozen_parameters_stay(found, directory):
     assert torch.equal(found[2, "frozen"]["weights"]["model.embed_tokens.weight"], before)
 
 
-@pytest.mark.parametrize("count,name", [*CASES, (2, "torchao")])
+@pytest.mark.parametrize("count,name", [case for case in [*CASES, (2, "torchao")] if case[1] != "released"])
 def test_admm_sends_nothing_but_counts_in_projections(count, name, found):
     """And those are fewer bytes than one all-reduce of the gradients, in a handful of sums for all weights together."""
     result = found[count, name]
     for sent, record in zip(result["sent"], result["history"], strict=True):
         if "residual" not in record or name.endswith("ddp"):
-            assert not sent, record["step"]
+            # While a weight waits for its first gradient, ranks ask each other whether there is one.
+            waiting = name == "experts"
+            assert len(sent) <= waiting and sum(size for _, size in sent) <= 8 * 28 * waiting, record["step"]
         else:
             assert {operation for operation, _ in sent} == {"allreduce_.default"}
             assert 2 <= len(sent) <= 25
@@ -153,7 +158,8 @@ def test_torchao_rounds_by_noise_of_its_own(found, twin):
 def test_the_first_rank_speaks_for_all(found):
     printed = found[2, "budget"]["printed"]
     text = printed.stdout + printed.stderr
-    assert text.count("ELSA: 100%") == len(ON_TWO)
+    # A bar begins with a line that says no more than this.
+    assert len(re.findall(r"ELSA: +0%\| +\| 0/12 \[00:00<\?, \?step/s\]", text)) == len(ON_TWO) - 1
     assert text.count("Training text:") == len([name for name in ON_TWO if name != "own loader"])
 
 

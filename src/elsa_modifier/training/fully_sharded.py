@@ -9,7 +9,7 @@ The model of the caller is not wrapped, and keeps its values until the trained o
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any
@@ -64,7 +64,8 @@ class FullySharded(Replicated):
         self._mesh = DeviceMesh(ranks.device.type, torch.arange(ranks.count))
         self.model = sharded_copy(original, ranks, self._mesh, dtype=dtype, autocast=autocast, frozen=frozen)
         self._local: dict[int, nn.Parameter] = {}
-        self._sharded: list[tuple[Tensor, nn.Parameter]] = []
+        self._sharded: list[nn.Parameter] = []
+        self._whole: list[nn.Parameter] = []
         self.parameters: list[nn.Parameter] = []
 
     def begin(self) -> None:
@@ -75,15 +76,15 @@ class FullySharded(Replicated):
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
-            own: nn.Parameter = parameter
-            if isinstance(parameter, DTensor):
-                own = nn.Parameter(parameter.to_local().detach())
-                self._sharded.append((parameter, own))
             parameter.grad = None
-            self._local[id(parameter)] = own
+            # mypy takes a parameter that is a DTensor for no parameter any more.
+            part = parameter.to_local().detach() if isinstance(parameter, DTensor) else None
+            own = parameter if part is None else nn.Parameter(part)
+            (self._whole if part is None else self._sharded).append(parameter)
+            self._local[id(parameter)] = self._local[id(own)] = own
             self.parameters.append(own)
         self.shards = Shards(
-            self.ranks.rank, self.ranks.count, self.ranks.add, scores=sum(p.numel() for p, _ in self._sharded)
+            self.ranks.rank, self.ranks.count, self.ranks.add, scores=sum(p.numel() for p in self._sharded)
         )
 
     def local(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -128,24 +129,41 @@ class FullySharded(Replicated):
 
     @torch.no_grad()
     def collect_gradients(self, loss: Tensor) -> Tensor:
-        for parameter, own in self._sharded:
-            gradient = parameter.grad
-            own.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
-            parameter.grad = None
-        held = {id(own) for _, own in self._sharded}
-        return add_gradients([p for p in self.parameters if id(p) not in held], loss)
+        for parameter in self._sharded:
+            self.take_gradient(parameter)
+        return add_gradients(self._whole, loss)
 
     @torch.no_grad()
     def total_norm(self) -> Tensor:
-        zero = torch.zeros((), device=self.ranks.device)
-        held = {id(own) for _, own in self._sharded}
-        sums = [zero.clone(), zero.clone()]
-        for parameter in self.parameters:
+        parts = self._square_norm([self.local(parameter) for parameter in self._sharded])
+        return (self.sum_of_parts(parts) + self._square_norm(self._whole)).sqrt()
+
+    def _square_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = torch.zeros((), device=self.ranks.device)
+        for parameter in parameters:
             if parameter.grad is not None:
-                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-                sums[id(parameter) in held] += norm.square()
-        dist.all_reduce(sums[1])
-        return (sums[0] + sums[1]).sqrt()
+                total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+        return total
+
+    def hooked(self) -> list[nn.Parameter]:
+        return self._sharded
+
+    def take_gradient(self, hooked: nn.Parameter) -> nn.Parameter:
+        own = self.local(hooked)
+        if own is not hooked:
+            gradient = hooked.grad
+            own.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
+            hooked.grad = None
+        return own
+
+    def finish_gradients(self) -> list[nn.Parameter]:
+        add_gradients(self._whole, torch.zeros((), device=self.ranks.device))
+        return self._whole
+
+    def sum_of_parts(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def drawing(self, step: int) -> AbstractContextManager[None]:
         # Rows of their own get noise of their own.

@@ -93,7 +93,7 @@ def train(
     started = time.perf_counter()
     shown_residual = ""
     seen = 0
-    releasing = releasing_gradients(optimizer, parameters) if gradient_release else nullcontext()
+    releasing = releasing_gradients(optimizer, parallel) if gradient_release else nullcontext()
     with (
         _telling_where_it_stopped(optimizer, steps),
         tqdm(total=steps, desc="ELSA", unit="step", dynamic_ncols=True, disable=not parallel.is_first) as bar,
@@ -118,12 +118,13 @@ def train(
                 with parallel.drawing(step):
                     optimizer.step()
             else:
-                (batch,) = micro_batches
-                loss = _loss(model, objective, batch, tokens, precision, device)
-                _finite(step, learning_rate, loss.detach(), torch.zeros_like(loss))
-                loss.backward()
+                (batch,) = parallel.part_of(micro_batches)
+                own_loss = _loss(model, objective, batch, tokens, precision, device)
+                loss = parallel.sum_of_parts(own_loss.detach())
+                _finite(step, learning_rate, loss, torch.zeros_like(loss))
+                own_loss.backward()
                 mean_loss, grad_norm = _finite(
-                    step, learning_rate, loss.detach(), release.finish(), "weights have been changed in this step"
+                    step, learning_rate, loss, release.finish(), "weights have been changed in this step"
                 )
             scheduler.step()
             optimizer.zero_grad()

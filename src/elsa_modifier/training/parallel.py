@@ -82,6 +82,22 @@ class Alone:
         """The global norm of the gradients, zero-dimensional."""
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
+    def hooked(self) -> list[nn.Parameter]:
+        """With gradient release: the parameters whose gradients are complete in the backward pass, one by one."""
+        return self.parameters
+
+    def take_gradient(self, hooked: nn.Parameter) -> nn.Parameter:
+        """What is stepped of one of them, with its gradient, which ``hooked`` no longer has."""
+        return hooked
+
+    def finish_gradients(self) -> list[nn.Parameter]:
+        """After the backward pass: the parameters whose gradients are complete now, and not before."""
+        return []
+
+    def sum_of_parts(self, value: Tensor) -> Tensor:
+        """Over ranks, of a zero-dimensional tensor: a loss, or what the gradients of parts have come to."""
+        return value
+
     def drawing(self, step: int) -> AbstractContextManager[None]:
         """Around an optimizer's step, which may draw random numbers."""
         return nullcontext()

@@ -14,6 +14,8 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.transformers.compression import compressed_tensors_utils
 from loguru import logger
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["RankFailed", "Ranks", "by_itself", "is_first_process", "launched_ranks", "ranks_of_this_run"]
 
@@ -23,7 +25,7 @@ _FAILURE = "failure"
 # A rank that is late, as one that reads a slow disk, is waited for.
 _TIMEOUT = timedelta(hours=2)
 
-_met: tuple[dist.Store, int, int] | None = None
+_met: tuple[Store, int, int] | None = None
 _runs = 0
 
 
@@ -113,15 +115,15 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
         dist.destroy_process_group(ranks.group)
 
 
-def _rendezvous() -> tuple[dist.Store, int, int]:
+def _rendezvous() -> tuple[Store, int, int]:
     """Where processes find each other, this one's rank, and how many there are."""
     global _met, _runs
     if _met is None:
-        _met = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        _met = next(rendezvous("env://", timeout=_TIMEOUT))
     store, rank, count = _met
     _runs += 1
     # What a run before this one in the same processes has left there would be taken for answers.
-    return dist.PrefixStore(f"elsa_modifier/{_runs}", store), rank, count
+    return PrefixStore(f"elsa_modifier/{_runs}", store), rank, count
 
 
 @contextmanager
