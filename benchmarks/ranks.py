@@ -29,12 +29,12 @@ from elsa_modifier.evaluation import perplexity
 from elsa_modifier.planning import Planner
 from elsa_modifier.training.loading import load_for_ranks
 
-WORDS, LENGTH, STEPS = 1024, 64, 20
+WORDS, LENGTH, STEPS, DENSE_STEPS = 512, 64, 16, 120
 CONFIG = LlamaConfig(
     vocab_size=WORDS,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
     bos_token_id=0,
@@ -69,7 +69,7 @@ def language(sequences: int, seed: int) -> Tensor:
     words = torch.randint(1, WORDS, (sequences, LENGTH), generator=generator)
     surprise = torch.rand(words.shape, generator=generator) < 0.2
     for i in range(2, LENGTH):
-        known = 1 + (words[:, i - 1] * 7 + words[:, i - 2] // 64) % (WORDS - 1)
+        known = 1 + (words[:, i - 1] * 7 + words[:, i - 2] // 128) % (WORDS - 1)
         words[:, i] = torch.where(surprise[:, i], words[:, i], known)
     return words
 
@@ -78,10 +78,10 @@ def train_dense(directory: Path) -> None:
     """What is pruned later: a Llama that has learned part of the language."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    words = language(8 * 250, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    words = language(8 * DENSE_STEPS, seed=1)
     for step, batch in enumerate(words.split(8)):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - step / 250)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / DENSE_STEPS)
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

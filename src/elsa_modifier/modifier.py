@@ -43,7 +43,7 @@ from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES
-from elsa_modifier.training.parallel import Alone, ParallelName
+from elsa_modifier.training.parallel import Alone, ParallelName, forked_generators
 from elsa_modifier.training.ranks import Ranks, is_first_process, launched_ranks, ranks_of_this_run
 from elsa_modifier.training.spreading import spread
 from elsa_modifier.unreached import warn_of_unreached
@@ -298,7 +298,7 @@ class ELSAModifier(Modifier):
             seed=self.seed,
         )
         with (
-            torch.random.fork_rng(),
+            forked_generators(device),
             spread(
                 model,
                 device,

@@ -73,6 +73,7 @@ CASES = {
     "elsa-l": dict(_model="llama", **ELSA_L),
     "elsa-l ddp": dict(_model="llama", parallel="ddp", **ELSA_L),
     "elsa-l 2:4": dict(_model="llama", **ELSA_L, **TWO_OF_FOUR),
+    "own group": dict(_model="llama", _group=True, _load=load_for_ranks, _save=True, **OWN),
     "released": dict(
         _model="llama", **(ELSA_L | dict(gradient_release=True, max_grad_norm=None, objective="next_token"))
     ),
@@ -152,6 +153,8 @@ def run(name, directory, **others):
             step(self)
         sent.append(counting.sent)
 
+    if "_group" in special and "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     used = []
     before = objective.CHUNK_BYTES
     try:
@@ -159,9 +162,19 @@ def run(name, directory, **others):
         if "_chunks" in special:
             objective.CHUNK_BYTES = 4 * 96 * 7
             objective.sum_in_chunks = lambda *args, **kwargs: used.append(1) or summing(*args, **kwargs)
-        model = oneshot(model=model, tokenizer=make_tokenizer(), dataset=dataset, recipe=[modifier], output_dir=out)
+        model = oneshot(
+            model=model,
+            tokenizer=make_tokenizer(),
+            dataset=dataset,
+            recipe=[modifier],
+            output_dir=out,
+            num_calibration_samples=8,
+        )
     finally:
         ADMMOptimizer.step, objective.CHUNK_BYTES, objective.sum_in_chunks = step, before, summing
+    if "_group" in special and "RANK" in os.environ:
+        assert torch.distributed.is_initialized()
+        torch.distributed.destroy_process_group()
     if "_chunks" in special and not used:
         raise AssertionError("nothing was computed in chunks")
     ids = torch.tensor([row[:16] for row in documents() if len(row) >= 16])

@@ -27,6 +27,7 @@ ON_TWO = [
     "elsa-l",
     "elsa-l ddp",
     "released",
+    "own group",
     "torchao",
 ]
 ON_FOUR = ["uneven", "uneven own", "empty"]
@@ -117,8 +118,9 @@ def test_every_rank_has_the_trained_model(found):
                     assert torch.equal(other[key], weight), (name, key)
 
 
-def test_a_model_that_only_the_first_rank_loaded_is_saved(found):
-    result = found[4, "empty"]
+@pytest.mark.parametrize("count,name", [(4, "empty"), (2, "own group")])
+def test_a_model_that_only_the_first_rank_loaded_is_saved(count, name, found):
+    result = found[count, name]
     assert (Path(result["saved"]) / "elsa_history.json").exists()
     saved = AutoModelForCausalLM.from_pretrained(result["saved"]).state_dict()
     for key, weight in result["weights"].items():

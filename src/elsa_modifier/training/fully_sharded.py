@@ -69,9 +69,18 @@ class FullySharded(Replicated):
         self.parameters: list[nn.Parameter] = []
 
     def begin(self) -> None:
+        """As :meth:`Alone.begin`.
+
+        :raises ValueError: if this torch cannot add up gradients that only some ranks have
+        """
         super().begin()
         # FSDP has given shards their places in memory when the model ran for the first time.
-        # Experts that only some ranks have tokens for must not be left out by the others.
+        # Experts that only some ranks have tokens for must not be left out by the others, which would wait forever.
+        if not hasattr(self.model, "set_reduce_scatter_unused_params"):
+            raise ValueError(
+                f"parallel is 'fsdp', and FSDP of torch {torch.__version__} cannot add up gradients that only some "
+                "processes have; upgrade torch (2.13 can), or set parallel to 'ddp'"
+            )
         self.model.set_reduce_scatter_unused_params(True)
         for parameter in self.model.parameters():
             if not parameter.requires_grad:

@@ -7,7 +7,7 @@ order in which floating-point numbers are added up, and by nothing else but drop
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,15 @@ from elsa_modifier.training.distillation import copy_as_teacher
 from elsa_modifier.training.objective import Objective
 from elsa_modifier.training.ranks import Ranks
 
-__all__ = ["Alone", "ParallelName", "Replicated", "own_part"]
+__all__ = [
+    "Alone",
+    "ParallelName",
+    "Replicated",
+    "add_gradients",
+    "drawing_alike",
+    "forked_generators",
+    "own_part",
+]
 
 ParallelName = Literal["fsdp", "ddp"]
 
@@ -210,7 +218,13 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 @contextmanager
 def drawing_alike(seed: int, step: int, device: torch.device, part: int = 0) -> Iterator[None]:
     """Within the context torch's generator draws a function of these numbers; afterwards it goes on as before."""
-    devices: list[Any] = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    with forked_generators(device):
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + part)
         yield
+
+
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """torch's generators of main memory and one device are afterwards as they were; no other device is touched."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
