@@ -72,6 +72,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.masked_gptq_rules
 	$(BIN)/python -m benchmarks.quantize_pruned
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.state_formats
 

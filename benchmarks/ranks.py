@@ -93,9 +93,18 @@ def train_dense(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>").save_pretrained(directory)
 
 
-def prune(directory: Path, recipe: str, result: Path, **others: Any) -> None:
-    """In this process, one of several or the only one: prune, and save what it came to and what it took."""
+def prune_all(directory: Path, result: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    """In this process, one of several or the only one: prune, and save what it came to and what it took.
+
+    :param jobs: recipes by name, and fields that replace theirs
+    """
     torch.set_num_threads(1)
+    found = [prune(directory, recipe, **others) for recipe, others in jobs]
+    torch.save(found, f"{result}.{os.environ.get('RANK', '0')}")
+
+
+def prune(directory: Path, recipe: str, **others: Any) -> dict[str, Any]:
+    """With one recipe: on the first rank weights, masks, perplexity, and on each the bytes that were held."""
     parallel = others.get("parallel", "fsdp")
     model = (AutoModelForCausalLM.from_pretrained if parallel == "ddp" else load_for_ranks)(directory)
     before = resident("VmRSS")
@@ -121,15 +130,13 @@ def prune(directory: Path, recipe: str, result: Path, **others: Any) -> None:
     peak = resident("VmHWM") - before
     ADMMOptimizer.step = step  # type: ignore[method-assign]
     found: dict[str, Any] = {"held": held, "peak": peak}
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if os.environ.get("RANK", "0") == "0":
         found |= {
             "weights": {name: p.detach() for name, p in model.named_parameters()},
             "masks": modifier.masks,
             "perplexity": perplexity(model, language(64, seed=3)),
-            "seconds": modifier.history[-1].seconds,
         }
-    torch.save(found, f"{result}.{rank}")
+    return found
 
 
 def _gradients(optimizer: ADMMOptimizer) -> Iterator[Tensor]:
@@ -148,14 +155,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from (value.codes, value.scale)
 
 
-def _run(directory: Path, recipe: str, count: int, **others: Any) -> list[dict[str, Any]]:
+def _run(directory: Path, count: int, jobs: list[tuple[str, dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """What each rank has found of each job."""
     result = directory / "result"
     command = [sys.executable]
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += ["-m", "benchmarks.ranks", "--prune", str(directory), recipe, str(result), json.dumps(others)]
+    command += ["-m", "benchmarks.ranks", "--prune", str(directory), str(result), json.dumps(jobs)]
     subprocess.run(command, env=os.environ | MALLOC, check=True, capture_output=True)
-    return [torch.load(f"{result}.{rank}") for rank in range(count)]
+    by_rank = [torch.load(f"{result}.{rank}") for rank in range(count)]
+    return [list(of_job) for of_job in zip(*by_rank, strict=True)]
 
 
 def _compared(found: dict[str, Any], one: dict[str, Any]) -> list[str]:
@@ -172,36 +181,38 @@ def _megabytes(count: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prune", nargs=4, help="Prune in this process: directory, recipe, result, further fields.")
+    parser.add_argument("--prune", nargs=3, help="Prune in this process: directory, result, recipes.")
     arguments = parser.parse_args()
     if arguments.prune:
-        directory, recipe, result, others = arguments.prune
-        prune(Path(directory), recipe, Path(result), **json.loads(others))
+        directory, result, jobs = arguments.prune
+        prune_all(Path(directory), Path(result), json.loads(jobs))
         return
     same, memory = [], []
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         train_dense(directory)
         dense = perplexity(AutoModelForCausalLM.from_pretrained(directory), language(64, seed=3))
-        for recipe in RECIPES:
-            one = _run(directory, recipe, 1)
-            same.append(f"| {recipe} | 1 | | | {one[0]['perplexity']:.4f} |")
-            memory += _memory(recipe, recipe, "1", 1, one)
+        in_parts = [(ELSA_L, {"batch_size": 8 // n, "gradient_accumulation_steps": n}) for n in (2, 4)]
+        *alone, halves, quarters = _run(directory, 1, [*((recipe, {}) for recipe in RECIPES), *in_parts])
+        spread = {
+            layout: _run(directory, count, [(recipe, {"parallel": parallel}) for recipe in RECIPES])
+            for layout, (count, parallel) in LAYOUTS.items()
+        }
+    for number, recipe in enumerate(RECIPES):
+        one = alone[number]
+        same.append(f"| {recipe} | 1 | | | {one[0]['perplexity']:.4f} |")
+        memory += _memory(recipe, recipe, "1", 1, one)
+        for title, parts in (("1, 2 micro-batches", halves), ("1, 4 micro-batches", quarters)):
             if recipe == ELSA_L:
-                for parts in (2, 4):
-                    fields = {"batch_size": 8 // parts, "gradient_accumulation_steps": parts}
-                    in_parts = _run(directory, recipe, 1, **fields)[0]
-                    same.append(f"| | 1, {parts} micro-batches | {' | '.join(_compared(in_parts, one[0]))} |")
-                    if parts == 2:
-                        halves = in_parts
-            for layout, (count, parallel) in LAYOUTS.items():
-                found = _run(directory, recipe, count, parallel=parallel)
-                same.append(f"| | {layout} | {' | '.join(_compared(found[0], one[0]))} |")
-                memory += _memory(recipe, "", layout, count if parallel == "fsdp" else 1, found)
-                if recipe == ELSA_L and count == 2:
-                    against = " | ".join(_compared(found[0], halves))
-                    same.append(f"| | the same, against 1 process, 2 micro-batches | {against} |")
-                print(same[-1], memory[-1], sep="\n", flush=True)
+                same.append(f"| | {title} | {' | '.join(_compared(parts[0], one[0]))} |")
+        for layout, (count, parallel) in LAYOUTS.items():
+            found = spread[layout][number]
+            same.append(f"| | {layout} | {' | '.join(_compared(found[0], one[0]))} |")
+            memory += _memory(recipe, "", layout, count if parallel == "fsdp" else 1, found)
+            if recipe == ELSA_L:
+                parts = halves if count == 2 else quarters
+                against = " | ".join(_compared(found[0], parts[0]))
+                same.append(f"| | the same, against 1, {count} micro-batches | {against} |")
     publish(
         "ranks",
         [

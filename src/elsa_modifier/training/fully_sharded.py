@@ -60,7 +60,6 @@ class FullySharded(Replicated):
         self.ranks = ranks
         self.is_first = ranks.is_first
         self._seed = seed
-        self._autocast = autocast
         self._mesh = DeviceMesh(ranks.device.type, torch.arange(ranks.count))
         self.model = sharded_copy(original, ranks, self._mesh, dtype=dtype, autocast=autocast, frozen=frozen)
         self._local: dict[int, nn.Parameter] = {}
@@ -74,7 +73,6 @@ class FullySharded(Replicated):
         :raises ValueError: if this torch cannot add up gradients that only some ranks have
         """
         super().begin()
-        # FSDP has given shards their places in memory when the model ran for the first time.
         # Experts that only some ranks have tokens for must not be left out by the others, which would wait forever.
         if not hasattr(self.model, "set_reduce_scatter_unused_params"):
             raise ValueError(
@@ -82,6 +80,7 @@ class FullySharded(Replicated):
                 "processes have; upgrade torch (2.13 can), or set parallel to 'ddp'"
             )
         self.model.set_reduce_scatter_unused_params(True)
+        # FSDP has given shards their places in memory when the model ran for the first time.
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
@@ -101,13 +100,13 @@ class FullySharded(Replicated):
 
     def places(self) -> list[Place]:
         whole = [p for p in self.model.parameters() if p.requires_grad]
-        return [Place(i, self._first_row(p) * p[:1].numel(), p.numel()) for i, p in enumerate(whole)]
+        return [Place(i, self._first_entry(p), p.numel()) for i, p in enumerate(whole)]
 
-    def _first_row(self, parameter: nn.Parameter) -> int:
+    def _first_entry(self, parameter: nn.Parameter) -> int:
         if not isinstance(parameter, DTensor):
             return 0
-        rows = len(parameter)
-        return min(self.ranks.rank * -(-rows // self.ranks.count), rows)
+        rows = parameter.shape[0]
+        return min(self.ranks.rank * -(-rows // self.ranks.count), rows) * (parameter.numel() // rows)
 
     def teacher(self) -> PreTrainedModel:
         made = sharded_copy(self.original, self.ranks, self._mesh, dtype=TEACHER_DTYPE, autocast=False)

@@ -119,6 +119,9 @@ def _rendezvous() -> tuple[Store, int, int]:
     """Where processes find each other, this one's rank, and how many there are."""
     global _met, _runs
     if _met is None:
+        logger.info(
+            f"Joining the other processes: this one is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}."
+        )
         _met = next(rendezvous("env://", timeout=_TIMEOUT))
     store, rank, count = _met
     _runs += 1
