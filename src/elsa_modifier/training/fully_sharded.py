@@ -9,7 +9,7 @@ The model of the caller is not wrapped, and keeps its values until the trained o
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any
@@ -31,7 +31,7 @@ from elsa_modifier.training.layers import decoder_layers
 from elsa_modifier.training.loading import is_placeholder
 from elsa_modifier.training.model_state import embed_in_fp32, trained_dtype
 from elsa_modifier.training.objective import Objective
-from elsa_modifier.training.parallel import Replicated, add_gradients, drawing_alike
+from elsa_modifier.training.parallel import Replicated, add_gradients, drawing_alike, gradient_norm
 from elsa_modifier.training.ranks import Ranks
 
 __all__ = ["FullySharded", "sharded_copy"]
@@ -143,15 +143,9 @@ class FullySharded(Replicated):
 
     @torch.no_grad()
     def total_norm(self) -> Tensor:
-        parts = self._square_norm([self.local(parameter) for parameter in self._sharded])
-        return (self.sum_of_parts(parts) + self._square_norm(self._whole)).sqrt()
-
-    def _square_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        total = torch.zeros((), device=self.ranks.device)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
-        return total
+        device = self.ranks.device
+        parts = gradient_norm([self.local(parameter) for parameter in self._sharded], device)
+        return (self.sum_of_parts(parts.square()) + gradient_norm(self._whole, device).square()).sqrt()
 
     def hooked(self) -> list[nn.Parameter]:
         return self._sharded

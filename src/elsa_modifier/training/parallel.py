@@ -29,6 +29,7 @@ __all__ = [
     "add_gradients",
     "drawing_alike",
     "forked_generators",
+    "gradient_norm",
     "own_part",
 ]
 
@@ -87,8 +88,8 @@ class Alone:
         return loss
 
     def total_norm(self) -> Tensor:
-        """The global norm of the gradients, zero-dimensional."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        """The global norm of the gradients, zero-dimensional fp32."""
+        return gradient_norm(self.parameters, self.parameters[0].device)
 
     def hooked(self) -> list[nn.Parameter]:
         """With gradient release: the parameters whose gradients are complete in the backward pass, one by one."""
@@ -202,6 +203,13 @@ def add_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
             else:
                 parameter.grad.copy_(part)
     return header[0]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of all gradients together, in fp32 whatever their dtype is: zero-dimensional."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
