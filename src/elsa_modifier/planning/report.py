@@ -106,14 +106,14 @@ def _notes(plan: Plan) -> dict[str, str]:
         "teacher": f"the dense weights in bf16, for {s.objective.name}{shared}",
         "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if s.form == "coupled" or s.dual else "")
         + f"mask bits{shared}",
-        "activations": f"{s.batch_size} x {s.sequence_length} tokens, {checkpointed}",
+        "activations": f"{plan.sequences} x {s.sequence_length} tokens, {checkpointed}",
         "gathered": "whole layers to compute with",
     }
 
 
 def _work(plan: Plan) -> str:
     return (
-        f"{plan.settings.steps:,} steps, {plan.tokens:,} tokens (batch_size is that of each GPU), "
+        f"{plan.settings.steps:,} steps, {plan.tokens:,} tokens, "
         f"{plan.flops:.3g} FLOPs: {plan.hours:,.1f} hours at {plan.tflops:g} TFLOP/s a GPU (assumed)."
     )
 
