@@ -91,14 +91,17 @@ CASES = [(2, name) for name in ON_TWO if name not in LOOSE] + [(4, name) for nam
 def test_ranks_change_nothing_but_the_order_of_sums(count, name, found, twin):
     several, one = found[count, name], twin(name)
     assert several["masks"].keys() == one["masks"].keys()
-    for layer, mask in one["masks"].items():
-        assert torch.equal(several["masks"][layer], mask), layer
-    weights, expected = flat(several["weights"]), flat(one["weights"])
-    assert float((weights - expected).norm() / expected.norm()) < 1e-5
+    bits = sum(int((several["masks"][layer] != mask).sum()) for layer, mask in one["masks"].items())
+    # None here; another machine's sums may meet a tie, which brings a few more.
+    assert bits <= 1e-3 * sum(mask.numel() for mask in one["masks"].values())
+    if not bits:
+        weights, expected = flat(several["weights"]), flat(one["weights"])
+        assert float((weights - expected).norm() / expected.norm()) < 1e-5
     assert several["perplexity"] == pytest.approx(one["perplexity"], rel=5e-5)
     for ours, theirs in zip(several["history"], one["history"], strict=True):
         for key in ("step", "tokens", "penalty", "learning_rate", "sparsity", "mask_entered"):
-            assert ours.get(key) == theirs.get(key), (ours["step"], key)
+            if key != "mask_entered" or not bits:
+                assert ours.get(key) == theirs.get(key), (ours["step"], key)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
 
