@@ -234,10 +234,11 @@ def main() -> None:
             *same,
             "",
             "In fp32 ranks differ from one process as its own sums in another order would: a bit differs where two "
-            "scores are equal up to that. In bf16 a gradient is rounded as soon as it is found. So a batch that is "
-            "divided, by ranks or into micro-batches, gives slightly other gradients, and stochastic rounding, whose "
-            "noise is the same, takes some weights to their other neighbour. It is the division that matters, not the "
-            "ranks, as the lines with micro-batches show.",
+            "scores are equal up to that, and a few more follow, as a weight that is pulled moves all gradients; "
+            "weights then differ by those that one of the masks has and the other has not. In bf16 a gradient is "
+            "rounded as soon as it is found. So a batch that is divided, by ranks or into micro-batches, gives "
+            "slightly other gradients, and stochastic rounding, whose noise is the same, takes some weights to their "
+            "other neighbour. It is the division that matters, not the ranks, as the lines with micro-batches show.",
             "",
             "## Memory",
             "",

@@ -161,8 +161,8 @@ def tiny(tmp_path_factory):
 def test_command_needs_a_configuration_alone(tiny):
     output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml").stdout
     assert "21,664 in fp32" in output and "Fits 1 GPU of 80.00 GB" in output
-    output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml", "--gpu-memory", 0.002, "--gpus", 2, code=1).stdout
-    assert "Does not fit 2 GPUs" in output and "activation_checkpointing: true" in output and "one process" in output
+    output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml", "--gpu-memory", 0.0012, "--gpus", 2, code=1).stdout
+    assert "Does not fit 2 GPUs" in output and "activation_checkpointing: true" in output and "torchrun" in output
 
 
 def test_command_in_json(tiny):

@@ -22,7 +22,7 @@ _LINES = {
     "activations": "activations",
     "gathered": "gathered layers",
 }
-_ONE_PROCESS = "ELSAModifier runs in one process so far: this is what several GPUs would take, not a run you can start."
+_RANKS = "Several GPUs: as parallel 'fsdp' shares the work, started by torchrun with a process for each."
 
 
 def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
     console.print(_memory_table(plan, title))
     console.print(_work(plan), highlight=False)
     if plan.gpus > 1:
-        console.print(_ONE_PROCESS, highlight=False)
+        console.print(_RANKS, highlight=False)
     if remedy is None:
         console.print(f"Fits {_gpus(plan)}.", highlight=False)
         return
