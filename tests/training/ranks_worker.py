@@ -49,6 +49,8 @@ ELSA_L = dict(
 TWO_OF_FOUR = dict(sparsity=None, mask_structure="2:4")
 OWN = dict(shared_budget=False, objective="next_token")
 
+STOPPED = dict(checkpoint_every={"steps": 4}, checkpoint_keep=9, checkpoint_dir="{directory}/{name}-{count}")
+
 # Fields of ELSAModifier, and what begins with "_" is for run().
 CASES = {
     "budget": dict(_model="llama"),
@@ -77,6 +79,11 @@ CASES = {
     "released": dict(
         _model="llama", **(ELSA_L | dict(gradient_release=True, max_grad_norm=None, objective="next_token"))
     ),
+    "stopped": dict(_model="llama", **STOPPED),
+    "stopped elsa-l": dict(_model="llama", **ELSA_L, **STOPPED),
+    "goes on from 1": dict(_model="llama", resume="{directory}/stopped-1/step-00000004"),
+    "goes on from 2": dict(_model="llama", resume="{directory}/stopped-2/step-00000004"),
+    "elsa-l goes on from 2": dict(_model="llama", **ELSA_L, resume="{directory}/stopped elsa-l-2/step-00000004"),
     "fails": dict(_model="llama", _fails=1, **OWN),
     "torchao": dict(_model="llama", **(ELSA_L | dict(optimizer="adamfp8"))),
 }
@@ -133,6 +140,9 @@ def run(name, directory, **others):
     """Prune as a case says: state dict, masks, history, perplexity, and what ADMM's steps have sent."""
     fields = BASE | CASES[name] | others
     special = {key: fields.pop(key) for key in list(fields) if key.startswith("_")}
+    count = os.environ.get("WORLD_SIZE", 1)
+    places = {key: value for key, value in fields.items() if isinstance(value, str) and "{" in value}
+    fields |= {key: value.format(directory=directory, name=name, count=count) for key, value in places.items()}
     path = directory / special["_model"]
     torch.manual_seed(7)
     model = special.get("_load", AutoModelForCausalLM.from_pretrained)(path)
@@ -141,7 +151,7 @@ def run(name, directory, **others):
     dataset = Dataset.from_dict({"input_ids": documents()})
     if "_loader" in special:
         dataset = own_loader(4)
-    out = None if "_save" not in special else str(directory / f"{name}-{os.environ.get('WORLD_SIZE', 1)}")
+    out = None if "_save" not in special else str(directory / f"{name}-{count}")
     modifier = ELSAModifier(**fields)
     sent = []
     step, summing = ADMMOptimizer.step, chunks.sum_in_chunks
