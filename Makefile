@@ -77,6 +77,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.masked_gptq_rules
 	$(BIN)/python -m benchmarks.quantize_pruned
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.state_formats
 	$(BIN)/python -m benchmarks.kill_and_resume

@@ -294,12 +294,12 @@ def test_released_gradients_are_not_alive_together(load, texts):
     alive = []
 
     class Watching(ELSAModifier):
-        def _build_optimizer(self, model, targets):
-            optimizer = super()._build_optimizer(model, targets)
+        def _build_optimizer(self, run, targets):
+            optimizer = super()._build_optimizer(run, targets)
             step = optimizer.step_parameter
 
             def watched(parameter):
-                alive.append(sum(p.grad is not None for p in model.parameters()))
+                alive.append(sum(p.grad is not None for p in run.parameters))
                 step(parameter)
 
             optimizer.step_parameter = watched

@@ -36,12 +36,18 @@ def refused(load, texts):
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_launcher_is_refused(name, refused, monkeypatch):
     monkeypatch.setenv(name, "2")
-    refused(f"runs in one process so far, and {name} is 2")
+    refused(f"^{name} is 2, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT")
 
 
 def test_one_process_is_no_launcher():
     refuse_launchers({})
     refuse_launchers({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_NTASKS": "8", "PMI_SIZE": ""})
+
+
+def test_torchrun_is_none_that_is_refused():
+    """Nor is it under srun, which starts one torchrun on each machine."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    refuse_launchers(torchrun | {"SLURM_STEP_NUM_TASKS": "2"})
 
 
 @pytest.mark.parametrize("field", ["targets", "ignore"])

@@ -12,6 +12,7 @@ from elsa_modifier.named_recipes import recipe, recipes
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
 from elsa_modifier.sparsity_files import sparsity_mapping
 from elsa_modifier.training.conversations import teach_chat_templates
+from elsa_modifier.training.loading import load_for_ranks
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
 from elsa_sparse.transformers_loading import teach_from_pretrained
 from elsa_sparse.transformers_quantizer import ElsaSparseConfig
@@ -23,6 +24,7 @@ __all__ = [
     "MaskedGPTQModifier",
     "Penalty",
     "SparseCheckpointError",
+    "load_for_ranks",
     "load_sparse",
     "recipe",
     "recipes",

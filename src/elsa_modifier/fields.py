@@ -1,6 +1,6 @@
 """Fields of ELSAModifier that have fields of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,13 +59,13 @@ class TrainingObjective(_Named):
         """Whether a copy of the dense model is kept for the run."""
         return self.name != "next_token"
 
-    def of(self, model: PreTrainedModel) -> Objective:
-        """The objective for training ``model``, of which a teacher is copied now."""
+    def of(self, model: PreTrainedModel, teacher: Callable[[], PreTrainedModel] | None = None) -> Objective:
+        """The objective for training ``model``, of which a teacher is copied now, by ``teacher`` if that is given."""
         if not self.has_teacher:
             return next_token_loss
         has_head = self.name != "reconstruction"
         return Distillation(
-            copy_as_teacher(model),
+            copy_as_teacher(model) if teacher is None else teacher(),
             next_token=(1 - self.weight) * has_head,
             logits=self.weight * has_head,
             hidden=self.hidden_weight * (self.name != "distill"),

@@ -30,7 +30,13 @@ from elsa_modifier.fields import (
     refuse_two_state_dtypes,
 )
 from elsa_modifier.fused_experts import FusedLayout
-from elsa_modifier.preflight import check_values, frozen_parameters, refuse_launchers, refuse_unmatched
+from elsa_modifier.preflight import (
+    check_values,
+    frozen_parameters,
+    refuse_launchers,
+    refuse_on_ranks,
+    refuse_unmatched,
+)
 from elsa_modifier.quantization.modifier import keep_zeros, release
 from elsa_modifier.resuming.checkpoints import Run
 from elsa_modifier.resuming.fingerprint import model_fingerprint, recipe_fingerprint
@@ -48,7 +54,10 @@ from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_with
 from elsa_modifier.training.data import ResumableSource, batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
 from elsa_modifier.training.loop import Precision, StepRecord, StepWatcher, train
-from elsa_modifier.training.model_state import WEIGHT_DTYPES, trainable
+from elsa_modifier.training.model_state import WEIGHT_DTYPES
+from elsa_modifier.training.parallel import Alone, ParallelName, forked_generators
+from elsa_modifier.training.ranks import Ranks, is_first_process, launched_ranks, ranks_of_this_run
+from elsa_modifier.training.spreading import spread
 from elsa_modifier.unreached import warn_of_unreached
 from elsa_modifier.zeros import put_zeros_back
 from elsa_sparse.entry import Encoding
@@ -122,6 +131,8 @@ class ELSAModifier(Modifier):
     :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
         ``max_grad_norm: null`` and no gradient accumulation
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
+    :param parallel: what several processes, started by torchrun, do: with ``fsdp`` each holds a part of every matrix,
+        of its gradient and of all states (FSDP2); with ``ddp`` each holds all. ``batch_size`` counts over all of them
     :param checkpoint: how ``output_dir`` and ``save_pretrained`` write the model: ``dense``, as ever, or in the sparse
         format of :mod:`elsa_sparse`, ``coded`` (smallest) or ``bitmask``. The fields below are of something else, what
         a run that was stopped goes on from (docs/resuming.md)
@@ -164,6 +175,7 @@ class ELSAModifier(Modifier):
     state_dtype: StateDtype = "fp32"
     gradient_release: bool = False
     activation_checkpointing: bool = False
+    parallel: ParallelName = "fsdp"
     checkpoint: Encoding = "dense"
     checkpoint_every: CheckpointEvery | None = None
     checkpoint_dir: str | None = None
@@ -276,10 +288,13 @@ class ELSAModifier(Modifier):
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
         check_recipe(recipe, state.model)
+        whole = self.gradient_release and self.parallel == "ddp"
+        refuse_on_ranks(recipe, whole_gradients_released=whole, ranks=launched_ranks())
         check_unquantized(state.model)
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)
-        check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
+        if is_first_process():
+            check_output_directory(state.model, self.checkpoint, [other for other in recipe if other is not self])
         # Two modifiers with the same fields are equal.
         place = [id(other) for other in recipe if trains(other)].index(id(self))
         self._checkpointing = checkpointing_of(self, place, output_directory())
@@ -291,13 +306,19 @@ class ELSAModifier(Modifier):
         """Train, and leave the pruned weights in the model.
 
         :raises TrainingDiverged: at the first loss that is not finite
+        :raises RankFailed: if another process of this run failed first
         """
         model: PreTrainedModel = state.model
         # A pipeline for all modifiers instead of one for each trains at its start, before any other has done its work.
         check_recipe(sorted(active_session().lifecycle.recipe.modifiers, key=lambda m: not trains(m)), model)
-        device = get_main_device()
+        with ranks_of_this_run() as ranks:
+            self._run(model, self._calibration_loader(state), ranks)
+        keep_zeros(self._later)
+
+    def _run(self, model: PreTrainedModel, loader: Any, ranks: Ranks | None) -> None:
+        device = get_main_device() if ranks is None else ranks.device
         batches = batches_from_calibration(
-            self._calibration_loader(state),
+            loader,
             steps=self.steps,
             batch_size=self.batch_size,
             accumulation=self.gradient_accumulation_steps,
@@ -306,19 +327,25 @@ class ELSAModifier(Modifier):
             seed=self.seed,
         )
         with (
-            trainable(
+            forked_generators(device),
+            spread(
                 model,
                 device,
+                ranks,
+                parallel=self.parallel,
+                seed=self.seed,
+                autocast=self.precision == "bf16",
                 dtype=WEIGHT_DTYPES[self.weight_dtype],
                 activation_checkpointing=self.activation_checkpointing,
                 frozen=self._frozen,
-            ),
-            torch.random.fork_rng(),
+            ) as run,
         ):
+            model = run.model
             refuse_without_causal_loss(model, autocast=self.precision == "bf16")
             torch.manual_seed(self.seed)
+            run.begin()
             targets = self._find_targets(model)
-            optimizer = self._build_optimizer(model, targets)
+            optimizer = self._build_optimizer(run, targets)
             scheduler = get_scheduler(
                 _SCHEDULERS[self.lr_schedule],
                 optimizer.base,
@@ -326,13 +353,13 @@ class ELSAModifier(Modifier):
                 num_training_steps=self.steps,
             )
             # A teacher is the model as it is now, before the weights of a training checkpoint come.
-            objective = self.objective.of(model)
-            with self._watching(model, optimizer, scheduler, batches) as watcher:
+            objective = run.objective(self.objective.of(model, run.teacher))
+            with self._watching(run, optimizer, scheduler, batches) as watcher:
                 train(
                     model,
                     optimizer,
                     scheduler,
-                    batches,
+                    run.batches(batches),
                     objective=objective,
                     steps=self.steps,
                     max_grad_norm=self.max_grad_norm,
@@ -340,6 +367,7 @@ class ELSAModifier(Modifier):
                     device=device,
                     history=self._history,
                     gradient_release=self.gradient_release,
+                    parallel=run,
                     watcher=watcher,
                 )
             warn_of_unreached(optimizer.unreached, targets=len(targets), pruned=self.prune_unreached)
@@ -347,10 +375,9 @@ class ELSAModifier(Modifier):
             for target, pair in zip(targets, optimizer.states, strict=True):
                 if target.name in self._unreached:
                     continue
-                self._masks[target.name] = (pair.bits.cpu(), target.weight.shape)
+                self._masks[target.name] = (run.whole_bits(pair, target.weight).cpu(), target.weight.shape)
                 # Training leaves -0.0 in places; a pruned weight is +0.0.
-                target.weight.data.masked_fill_(~pair.mask, 0.0)
-        keep_zeros(self._later)
+                run.local(target.weight).data.masked_fill_(~pair.mask, 0.0)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -372,19 +399,24 @@ class ELSAModifier(Modifier):
         else:
             logger.info(message)
         extend_save_pretrained(
-            state.model, history=self._history_json(), checkpoint=self.checkpoint, experts=self._experts
+            state.model,
+            history=self._history_json(),
+            checkpoint=self.checkpoint,
+            experts=self._experts,
+            first=is_first_process(),
         )
         return True
 
     def _watching(
-        self, model: PreTrainedModel, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: ResumableSource
+        self, spread_run: Alone, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: ResumableSource
     ) -> AbstractContextManager[StepWatcher | None]:
         """What makes training checkpoints within the context, if the recipe asks for some; goes on from one first."""
         if self._checkpointing is None or not self._checkpointing.in_use:
             return nullcontext()
         recipe = recipe_fingerprint(self.model_dump())
+        model = spread_run.model
         identity = {"model": model_fingerprint(model), "recipe": recipe, "data": batches.fingerprint()}
-        run = Run(model, optimizer, scheduler, batches, self._history, identity, self.steps)
+        run = Run(model, optimizer, scheduler, batches, self._history, identity, self.steps, local=spread_run.local)
         return self._checkpointing.watching(run, recipe)
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
@@ -400,15 +432,18 @@ class ELSAModifier(Modifier):
             return Budget(cap=max(0.99, self.sparsity))
         return None
 
-    def _build_optimizer(self, model: PreTrainedModel, targets: list[Target]) -> ADMMOptimizer:
+    def _build_optimizer(self, run: Alone, targets: list[Target]) -> ADMMOptimizer:
         structure = parse_mask_structure(self.mask_structure)
-        weights = [PrunedWeight(t.name, t.weight, t.keep, structure) for t in targets]
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        weights = [
+            PrunedWeight(t.name, run.local(t.weight), t.keep, structure, entries=t.weight.numel()) for t in targets
+        ]
         base = build_base_optimizer(
             self.optimizer,
-            parameters,
-            lr=self.lr or self._default_learning_rate(model, weights),
+            run.parameters,
+            lr=self.lr or self._default_learning_rate(run.model, weights),
             betas=(self.betas[0], self.betas[1]),
+            seed=self.seed,
+            places=run.places(),
         )
         freeze_step = round(self.finalize_at * self.steps)
         return ADMMOptimizer(
@@ -426,11 +461,12 @@ class ELSAModifier(Modifier):
             freeze_step=freeze_step,
             state_dtype=self.state_dtype,
             prune_unreached=self.prune_unreached,
+            shards=run.shards,
         )
 
     def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:
         width = getattr(model.config.get_text_config(), "hidden_size", None) or weights[0].weight.shape[1]
-        kept = sum(w.keep for w in weights) / sum(w.weight.numel() for w in weights)
+        kept = sum(w.keep for w in weights) / sum(w.size for w in weights)
         rate = default_learning_rate(steps=self.steps, width=width, sparsity=1 - kept)
         logger.info(
             f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."

@@ -1,4 +1,4 @@
-"""What is looked at before the first step: how the process was started, the recipe's patterns, the model's values."""
+"""What is looked at before the first step: how processes were started, the recipe's patterns, the model's values."""
 
 import difflib
 import os
@@ -10,8 +10,9 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor, nn
 
 from elsa_modifier.targets import Target
+from elsa_modifier.training.ranks import launched_ranks
 
-__all__ = ["check_values", "frozen_parameters", "refuse_launchers", "refuse_unmatched"]
+__all__ = ["check_values", "frozen_parameters", "refuse_launchers", "refuse_on_ranks", "refuse_unmatched"]
 
 # How torchrun, MPI (PMI, Open MPI, MVAPICH), SLURM's srun and LSF's jsrun tell a process how many there are.
 _PROCESS_COUNTS = (
@@ -26,19 +27,44 @@ _NAMED_AT_MOST = 5
 
 
 def refuse_launchers(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to be one of several processes, which would all train, and write the same directory.
+    """Refuse to be one of several processes that cannot find each other: all would train, and write one directory.
 
-    :raises ValueError: if the environment, or torch.distributed, says that there are several
+    :raises ValueError: if the environment says that there are several, and torch.distributed could not join them
     """
+    if launched_ranks(environment) > 1:
+        return
     counts = {name: int(environment[name]) for name in _PROCESS_COUNTS if environment.get(name, "").isdecimal()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts["torch.distributed.get_world_size()"] = torch.distributed.get_world_size()
     for name, count in counts.items():
         if count > 1:
             raise ValueError(
-                f"ELSAModifier runs in one process so far, and {name} is {count}: every one of them would train and "
-                "write output_dir. Start it without a launcher, or unset the variable if it is left from another run"
+                f"{name} is {count}, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, by which torch.distributed "
+                f"would join {count} processes, are not all set: every one of them would train and write output_dir. "
+                "Start it with torchrun, as in examples/multi_gpu, or unset the variable if it is left from another run"
             )
+
+
+def refuse_on_ranks(modifiers: Sequence[object], *, whole_gradients_released: bool, ranks: int) -> None:
+    """Refuse what is not possible in several processes.
+
+    :param modifiers: of the recipe
+    :param whole_gradients_released: whether a step is to be taken as soon as a gradient is there, of the whole weight
+    :param ranks: how many there are
+    :raises ValueError: for another modifier in the recipe, or such gradient release
+    """
+    if ranks == 1:
+        return
+    if len(modifiers) > 1:
+        names = ", ".join(type(modifier).__name__ for modifier in modifiers)
+        raise ValueError(
+            f"the recipe has {names}, and there are {ranks} processes: after ELSAModifier only the first has the whole "
+            "model for certain. Prune with ELSAModifier alone, then run the others on what was saved, without torchrun"
+        )
+    if whole_gradients_released:
+        raise ValueError(
+            f"gradient_release is true, parallel 'ddp', and there are {ranks} processes: a gradient would have to be "
+            "added up over all of them by itself, as soon as it is there. Use parallel 'fsdp', which does that anyway, "
+            "or set gradient_release to false"
+        )
 
 
 def refuse_unmatched(model: nn.Module, **fields: Sequence[str]) -> None:

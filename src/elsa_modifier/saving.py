@@ -21,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from elsa_modifier.fused_experts import FusedLayout, fusing_experts
 from elsa_modifier.saved_keys import check_saved_keys
+from elsa_modifier.training.ranks import by_itself
 from elsa_sparse.atomic import check_target
 from elsa_sparse.entry import Encoding
 from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_through
@@ -85,7 +86,12 @@ def output_directory() -> Path | None:
 
 
 def extend_save_pretrained(
-    model: PreTrainedModel, *, history: str, checkpoint: Encoding, experts: Mapping[str, FusedLayout]
+    model: PreTrainedModel,
+    *,
+    history: str,
+    checkpoint: Encoding,
+    experts: Mapping[str, FusedLayout],
+    first: bool = True,
 ) -> None:
     """Have a model's ``save_pretrained`` also write the history, and pack the result unless it stays dense.
 
@@ -96,13 +102,18 @@ def extend_save_pretrained(
     :param history: content of ``elsa_history.json``
     :param checkpoint: ``dense``, ``coded`` or ``bitmask``
     :param experts: those to put together; see :func:`~elsa_modifier.saved_keys.experts_to_fuse`
+    :param first: whether this process is the one of its run that saves; in the others ``save_pretrained`` does nothing,
+        and waits for nobody
     """
+    if not first:
+        model.save_pretrained = lambda *args, **kwargs: None
+        return
     inner = model.save_pretrained
 
     @wraps(inner)
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         def save_dense(directory: Path) -> None:
-            with fusing_experts(model, experts):
+            with fusing_experts(model, experts), by_itself():
                 inner(str(directory), *args, **kwargs)
             partial = directory / f".{HISTORY_FILE}.partial"
             partial.write_text(history)

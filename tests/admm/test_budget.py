@@ -7,7 +7,7 @@ from torch import nn
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight, SharedBudget, selection
 from elsa_modifier.admm.budget import shared_keeps
 from elsa_modifier.admm.constraint import SparsitySchedule
-from tests.admm.test_selection import VALUES, on_shards
+from tests.admm.test_sharding import VALUES, on_shards
 from tests.reference.admm import entries_kept
 from tests.reference.selection import greedy_keeps, sorted_mask
 
@@ -83,7 +83,7 @@ def test_shards_change_nothing(count):
     tensors = [torch.rand(20_000).pow_(i + 1) for i in range(3)]
     expected = keeps_of(tensors, 12_345, [2_000] * 3, [9_000] * 3)
     parts = list(zip(*[t.tensor_split([7, 11_000][: count - 1]) for t in tensors], strict=True))
-    keeps = on_shards(
+    keeps, _ = on_shards(
         parts,
         lambda part, shards: shared_keeps(
             lambda i: part[i], [t.numel() for t in part], 12_345, [2_000] * 3, [9_000] * 3, shards

@@ -1,5 +1,3 @@
-import threading
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +5,7 @@ from hypothesis import strategies as st
 
 from elsa_modifier.admm import bitscan, selection
 from elsa_modifier.admm.bitscan import score_bits
-from elsa_modifier.admm.selection import Shards, find_threshold, largest_mask
+from elsa_modifier.admm.selection import find_threshold, largest_mask
 from tests.reference.selection import sorted_mask
 
 # Few distinct values make ties; the rest reaches from the smallest subnormal to the largest float.
@@ -36,43 +34,6 @@ def backend(request, monkeypatch):
 def sampled(monkeypatch):
     """Take a sample of the smallest tensors too."""
     monkeypatch.setattr(selection, "_SAMPLED_FROM", 1)
-
-
-class LockStep:
-    """Sums over threads that wait for one another, as ranks do in an all-reduce."""
-
-    def __init__(self, count):
-        self.barrier = threading.Barrier(count, timeout=20)
-        self.given = [None] * count
-
-    def adder(self, rank):
-        def add(counts):
-            self.given[rank] = counts.clone()
-            self.barrier.wait()
-            total = torch.stack(self.given).sum(dim=0)
-            self.barrier.wait()
-            return total
-
-        return add
-
-
-def on_shards(parts, work):
-    """``work(part, shards)`` of each part, in a thread each: results, or what was raised."""
-    step = LockStep(len(parts))
-    results = [None] * len(parts)
-
-    def run(rank):
-        try:
-            results[rank] = work(parts[rank], Shards(rank, len(parts), step.adder(rank)))
-        except ValueError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def tensors():
@@ -131,34 +92,6 @@ def test_threads_change_nothing(monkeypatch):
         assert torch.equal(largest_mask(TENSORS[name], 77_777), sorted_mask(TENSORS[name], 77_777))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", ["normal", "half zeros", "few values", "all equal"])
-def test_shards_change_nothing(name, count):
-    scores = TENSORS[name]
-    cuts = (
-        torch.randint(0, 200_000, (count - 1,), generator=torch.Generator().manual_seed(count)).sort().values.tolist()
-    )
-    # The third shard of seven is empty.
-    if count == 7:
-        cuts[2] = cuts[1]
-    parts = scores.tensor_split(cuts)
-    for keep in (0, 1, 20_000, 123_456, 200_000):
-        masks = on_shards(parts, lambda part, shards, keep=keep: largest_mask(part, keep, shards))
-        assert torch.equal(torch.cat(masks), sorted_mask(scores, keep))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(VALUES, max_size=8), min_size=1, max_size=5), st.booleans(), st.data())
-def test_small_shards(values, from_a_sample, data):
-    parts = [torch.tensor(part, dtype=torch.float32) for part in values]
-    whole = torch.cat(parts)
-    keep = data.draw(st.integers(0, whole.numel()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_SAMPLED_FROM", 1 if from_a_sample else 1 << 14)
-        masks = on_shards(parts, lambda part, shards: largest_mask(part, keep, shards))
-    assert torch.equal(torch.cat(masks), sorted_mask(whole, keep))
-
-
 def test_threshold_counts_what_is_above_and_equal():
     scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 2.0, 0.0])
     found = find_threshold([lambda: score_bits(scores)], [6], 3, [0], [6])
@@ -197,12 +130,6 @@ def test_a_score_with_a_sign_is_refused(bad, size, backend):
     scores[size // 2] = bad
     with pytest.raises(ValueError, match="take their absolute values"):
         largest_mask(scores, size // 3)
-
-
-def test_every_shard_refuses_what_one_holds():
-    parts = [torch.rand(5), torch.tensor([float("nan"), 1.0]), torch.rand(0)]
-    errors = on_shards(parts, lambda part, shards: largest_mask(part, 3, shards))
-    assert all("NaN or infinity" in str(error) for error in errors)
 
 
 def test_another_dtype_is_refused():

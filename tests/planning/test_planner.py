@@ -88,14 +88,17 @@ def test_weights_in_bf16_and_released_gradients():
     assert (lean.weights, lean.gradients) == (2 * 21664, 2 * EMBEDDING)
 
 
-def test_several_gpus_share_all_but_activations():
-    one, two = planned(), planned(gpus=2)
+def test_several_gpus_share_all():
+    one, two = planned(batch_size=1), planned(gpus=2)
     for line in ("weights", "gradients", "optimizer", "admm_state"):
         assert getattr(two.memory, line) == getattr(one.memory, line) // 2
     # Three times a layer, and what is in no layer, in bf16.
     assert two.memory.gathered == 2 * (3 * (LINEARS // 2 + 64) + 32 + 2 * EMBEDDING)
-    assert two.tokens == 2 * one.tokens
+    # Of the batch each has its part.
+    assert two.sequences == one.sequences == planned(gpus=2, batch_size=1).sequences
+    assert two.tokens == 2 * one.tokens == planned().tokens
     assert two.hours == one.hours
+    assert planned(batch_size=4).memory.activations > planned(gpus=2, batch_size=3).memory.activations
 
 
 def test_work():
@@ -158,8 +161,8 @@ def tiny(tmp_path_factory):
 def test_command_needs_a_configuration_alone(tiny):
     output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml").stdout
     assert "21,664 in fp32" in output and "Fits 1 GPU of 80.00 GB" in output
-    output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml", "--gpu-memory", 0.002, "--gpus", 2, code=1).stdout
-    assert "Does not fit 2 GPUs" in output and "activation_checkpointing: true" in output and "one process" in output
+    output = run(tiny, "--recipe", ROOT / "recipes/elsa_90.yaml", "--gpu-memory", 0.0012, "--gpus", 2, code=1).stdout
+    assert "Does not fit 2 GPUs" in output and "activation_checkpointing: true" in output and "torchrun" in output
 
 
 def test_command_in_json(tiny):

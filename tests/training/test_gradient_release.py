@@ -4,6 +4,7 @@ import torch
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.training.base_optimizer import build_base_optimizer
 from elsa_modifier.training.gradient_release import releasing_gradients
+from elsa_modifier.training.parallel import Alone
 from elsa_modifier.training.stochastic_adam import StochasticAdam
 
 
@@ -43,7 +44,7 @@ def test_released_steps_are_the_ordinary_ones(name):
         torch.manual_seed(1)
         for _ in range(6):
             if released:
-                with releasing_gradients(optimizer, parameters) as release:
+                with releasing_gradients(optimizer, Alone(torch.nn.ParameterList(parameters))) as release:
                     loss_of(parameters).backward()
                     release.finish()
             else:
@@ -74,7 +75,7 @@ def test_a_released_step_looks_each_parameter_up_a_fixed_number_of_times(count, 
     base.param_groups[0]["params"] = Counted(base.param_groups[0]["params"])
     optimizer = admm(base, parameters)
     monkeypatch.setattr(Counted, "looked_at", 0)
-    with releasing_gradients(optimizer, parameters) as release:
+    with releasing_gradients(optimizer, Alone(torch.nn.ParameterList(parameters))) as release:
         loss_of(parameters).backward()
         release.finish()
     assert count <= Counted.looked_at <= 3 * count
@@ -91,7 +92,7 @@ def test_a_group_that_is_replaced_between_steps_is_found():
         projection="magnitude",
         freeze_step=9,
     )
-    with releasing_gradients(optimizer, parameters) as release:
+    with releasing_gradients(optimizer, Alone(torch.nn.ParameterList(parameters))) as release:
         for lr in (0.0, 0.1):
             before = parameters[1].detach().clone()
             base.load_state_dict(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elsa_modifier.admm.budget import SharedBudget, shared_keeps
 from elsa_modifier.admm.projection import MaskStructure, projection_scores
+from elsa_modifier.admm.selection import WHOLE, Shards
 
 __all__ = ["Constraint", "PrunedWeight", "SparsitySchedule", "SparsityScheduleName"]
 
@@ -26,15 +27,28 @@ class PrunedWeight:
     """One weight to prune.
 
     :param name: what errors and reports call it
-    :param weight: contiguous fp32 or bf16 parameter, also among the base optimizer's parameters
+    :param weight: contiguous fp32 or bf16 parameter, also among the base optimizer's parameters; on one of several
+        ranks that share it, the rank's rows, if any
     :param keep: how many entries stay; with a shared budget, what the weight brings into it
     :param structure: the zero pattern, which must leave ``keep`` entries
+    :param entries: of the whole weight, if ``weight`` is a part of it
     """
 
     name: str
     weight: nn.Parameter
     keep: int
     structure: MaskStructure
+    entries: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries of the whole weight."""
+        return self.weight.numel() if self.entries is None else self.entries
+
+    @property
+    def left_by_pattern(self) -> int:
+        """Entries that its N:M structure leaves."""
+        return self.structure.left_of(self.size)
 
 
 @dataclass(frozen=True)
@@ -62,15 +76,21 @@ class Constraint:
         threshold on the scores decides how many stay in which weight, between the budget's floor and cap
     :raises ValueError: for a budget that is to be shared with an N:M structure, or cannot be met within its floor and
         cap
+    :param shards: how the weights lie over ranks
     """
 
     def __init__(
-        self, weights: Sequence[PrunedWeight], schedule: SparsitySchedule, budget: SharedBudget | None = None
+        self,
+        weights: Sequence[PrunedWeight],
+        schedule: SparsitySchedule,
+        budget: SharedBudget | None = None,
+        shards: Shards = WHOLE,
     ) -> None:
         self.weights = weights
         self.schedule = schedule
         self.budget = budget
-        self._sizes = [w.weight.numel() for w in weights]
+        self.shards = shards
+        self._sizes = [w.size for w in weights]
         for w in weights if budget is not None else []:
             if not w.structure.is_unstructured:
                 raise ValueError(
@@ -81,8 +101,8 @@ class Constraint:
     def by_magnitude(self) -> list[int]:
         """Entries that each weight keeps before the first step, when magnitudes are all that is known."""
         # Also where the schedule leaves all: a budget that cannot be met is refused here.
-        kept = self.at(self.schedule.steps, self._magnitudes, range(len(self.weights)))
-        return kept if self.schedule(0) == 1.0 else self.at(0, self._magnitudes, range(len(self.weights)))
+        kept = self.at(self.schedule.steps, self.magnitudes, range(len(self.weights)))
+        return kept if self.schedule(0) == 1.0 else self.at(0, self.magnitudes, range(len(self.weights)))
 
     def at(self, step: int, scores: Callable[[int], Tensor], sharing: Sequence[int]) -> list[int]:
         """Entries that each weight keeps after a step.
@@ -109,14 +129,16 @@ class Constraint:
             brought = min(max(brought, least), limit)
         shares = shared_keeps(
             lambda position: scores(sharing[position]),
-            [self._sizes[i] for i in sharing],
+            [self.weights[i].weight.numel() for i in sharing],
             brought,
             [fewest[i] for i in sharing],
             [most[i] for i in sharing],
+            self.shards,
         )
         for i, share in zip(sharing, shares, strict=True):
             keeps[i] = share
         return keeps
 
-    def _magnitudes(self, number: int) -> Tensor:
+    def magnitudes(self, number: int) -> Tensor:
+        """What the entries of a weight are ranked by when nothing but their magnitudes is known."""
         return projection_scores(self.weights[number].weight.detach().float())

@@ -12,6 +12,8 @@ from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.constraint import Constraint, PrunedWeight, SparsitySchedule
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
 from elsa_modifier.admm.rounding import round_stochastically_
+from elsa_modifier.admm.selection import WHOLE, Shards
+from elsa_modifier.admm.sharding import Select, select_masks
 from elsa_modifier.admm.state import ADMMState
 from elsa_modifier.admm.storage import Scratch, StateDtype, chunks
 
@@ -55,7 +57,10 @@ class ADMMOptimizer:
     ``last_residual`` and ``last_entered`` are the primal residual just before the last projection and how many weights
     entered a mask in it: zero-dimensional tensors on the weights' device.
 
-    Gradients must already be averaged over data-parallel ranks; the penalty is never divided by their number.
+    Gradients must already be those of the global batch, the same on all ranks that hold the same weights; the penalty
+    is never divided by their number. Where weights lie in shards, every rank calls the same methods in the same order,
+    and what a sum over ranks is needed for is done once for all weights: in a projection, and in steps in which a
+    weight waits for its first gradient.
 
     :param base: optimizer on ``f``; a Fisher projection needs one that keeps ``exp_avg_sq`` (the Adam family)
     :param weights: the weights to prune
@@ -72,6 +77,7 @@ class ADMMOptimizer:
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
     :param prune_unreached: when the mask is fixed, apply it also to weights without a gradient
     :param state_dtype: what ``z`` and ``u`` are stored in
+    :param shards: how the weights lie over ranks: every rank has rows of each, in order, or none
     :raises ValueError: for an empty list, an interval below 1, a decoupled penalty outside [0, 1], or a budget that
         is to be shared with an N:M structure or cannot be met within its floor and cap
     """
@@ -91,6 +97,7 @@ class ADMMOptimizer:
         freeze_step: int,
         state_dtype: StateDtype = "fp32",
         prune_unreached: bool = False,
+        shards: Shards = WHOLE,
     ) -> None:
         if not weights:
             raise ValueError("there is no weight to prune")
@@ -107,7 +114,8 @@ class ADMMOptimizer:
         schedule = sparsity_schedule or SparsitySchedule()
         # A mask that is fixed has all the zeros.
         schedule = SparsitySchedule(schedule.name, min(schedule.steps, freeze_step))
-        self.constraint = Constraint(self.weights, schedule, budget)
+        self.shards = shards
+        self.constraint = Constraint(self.weights, schedule, budget, shards)
         self.freeze_step = freeze_step
         self.prune_unreached = prune_unreached
         self.step_count = 0
@@ -115,11 +123,20 @@ class ADMMOptimizer:
         self.projection_count = 0
         self.last_residual = self.last_entered = torch.zeros(())
         self._scratch = Scratch(max(w.weight.numel() for w in self.weights), self.weights[0].weight.device)
+        keeps = self.constraint.by_magnitude()
+        selects = select_masks(self.weights, self.constraint.magnitudes, keeps, shards)
         self.states = [
             ADMMState(
-                w.weight.detach(), keep, w.structure, form=form, dual=dual, dtype=state_dtype, scratch=self._scratch
+                w.weight.detach(),
+                keep,
+                w.structure,
+                form=form,
+                dual=dual,
+                dtype=state_dtype,
+                scratch=self._scratch,
+                select=select,
             )
-            for w, keep in zip(self.weights, self.constraint.by_magnitude(), strict=True)
+            for w, keep, select in zip(self.weights, keeps, selects, strict=True)
         ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._reached: set[int] = set()
@@ -203,17 +220,36 @@ class ADMMOptimizer:
         ascent = 1.0 if self.form == "coupled" else 1.0 - (1.0 - penalty) ** self.interval
         residual = self.residual()
         self._tighten(penalty)
+        selects = self._selects(penalty)
         entered = []
-        for pruned, state in self._pairs():
-            # Without a gradient there is no pull, and so no dual.
-            own_penalty = penalty if self._is_reached(pruned.weight) else 0.0
+        for (pruned, state), select in zip(self._pairs(), selects, strict=True):
             fisher = self._fisher(pruned)
+            own = self._own_penalty(pruned, penalty)
             try:
-                entered.append(state.update(pruned.weight, own_penalty, fisher, self._scratch, ascent=ascent))
+                entered.append(state.update(pruned.weight, own, fisher, self._scratch, ascent=ascent, select=select))
             except ValueError as error:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
-        self.last_residual, self.last_entered = residual, torch.stack(entered).sum()
+        self.last_residual, self.last_entered = residual, self._added_up(torch.stack(entered).sum())
+
+    def _selects(self, penalty: float) -> list[Select]:
+        def scores(number: int) -> Tensor:
+            pruned = self.weights[number]
+            own = self._own_penalty(pruned, penalty)
+            return self.states[number].scores(pruned.weight, own, self._fisher(pruned), self._scratch)
+
+        try:
+            return select_masks(self.weights, scores, [state.keep for state in self.states], self.shards)
+        except ValueError as error:
+            raise ValueError(f"projection at step {self.step_count} of {error}") from error
+
+    def _own_penalty(self, pruned: PrunedWeight, penalty: float) -> float:
+        # Without a gradient there is no pull, and so no dual.
+        return penalty if self._is_reached(pruned.weight) else 0.0
+
+    def _added_up(self, sums: Tensor) -> Tensor:
+        """Over ranks, if weights lie in shards; what there is one rank for is left where it is."""
+        return sums if self.shards.count == 1 else self.shards.add(sums.detach().cpu()).to(sums.device)
 
     def _tighten(self, penalty: float) -> None:
         """Decide how many entries of each weight the projection at this penalty keeps."""
@@ -259,7 +295,7 @@ class ADMMOptimizer:
         waiting = [w for w in weights if w.grad is not None and not self._is_reached(w)]
         if not waiting:
             return
-        found = torch.stack([w.grad.any() for w in waiting if w.grad is not None]).tolist()
+        found = self._added_up(torch.stack([w.grad.any() for w in waiting if w.grad is not None]).long()).tolist()
         for weight, is_first in zip(waiting, found, strict=True):
             if is_first:
                 self._reached.add(id(weight))
@@ -333,7 +369,7 @@ class ADMMOptimizer:
     def sparsity(self) -> float:
         """Fraction of entries that the masks leave out, over the weights that they are applied to once fixed."""
         held = [(w, s) for w, s in self._pairs() if self.prune_unreached or self._is_reached(w.weight)]
-        return 1.0 - sum(s.keep for _, s in held) / sum(w.weight.numel() for w, _ in held) if held else 0.0
+        return 1.0 - sum(s.keep for _, s in held) / sum(w.size for w, _ in held) if held else 0.0
 
     def residual(self) -> Tensor:
         """Relative primal residual ``||x - z|| / ||x||`` over all weights with a gradient: zero-dimensional fp32."""
@@ -341,6 +377,8 @@ class ADMMOptimizer:
         for pruned, state in self._pairs():
             if self._is_reached(pruned.weight):
                 sums += state.residual_sums(pruned.weight.detach(), self._scratch)
+        if self.shards.count > 1:
+            sums = self._added_up(sums.double()).float()
         return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elsa_modifier.admm.selection import largest_mask
+from elsa_modifier.admm.selection import fault_message, largest_mask
 
-__all__ = ["MaskStructure", "parse_mask_structure", "projection_scores", "sparse_mask"]
+__all__ = ["MaskStructure", "parse_mask_structure", "projection_scores", "scores_beyond_pattern", "sparse_mask"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class MaskStructure:
     def sparsity(self) -> float | None:
         """Fraction of zeros that the pattern implies; None for unstructured."""
         return None if self.is_unstructured else self.zeroed / self.group
+
+    def left_of(self, entries: int) -> int:
+        """How many of so many entries, whole groups, an N:M pattern leaves."""
+        return entries // self.group * (self.group - self.zeroed)
 
     def __str__(self) -> str:
         return "unstructured" if self.is_unstructured else f"{self.zeroed}:{self.group}"
@@ -81,13 +85,24 @@ def sparse_mask(scores: Tensor, keep: int, structure: MaskStructure | None = Non
     """
     if structure is None or structure.is_unstructured:
         return largest_mask(scores, keep)
+    if keep > structure.left_of(scores.numel()):
+        return largest_mask(scores_beyond_pattern(scores, structure), keep)
+    return _pattern(scores, structure)
+
+
+def scores_beyond_pattern(scores: Tensor, structure: MaskStructure) -> Tensor:
+    """Scores by which more entries than an N:M pattern leaves are chosen: the largest there are, where it leaves one.
+
+    :raises ValueError: as :func:`sparse_mask`
+    """
+    return scores.masked_fill(_pattern(scores, structure), torch.finfo(scores.dtype).max)
+
+
+def _pattern(scores: Tensor, structure: MaskStructure) -> Tensor:
     # NaN wins a maximum as infinity does, so one reduction finds both.
     if scores.numel() and not torch.isfinite(scores.amax()):
-        raise ValueError("the scores to project hold NaN or infinity; the weights or their gradients have diverged")
-    mask = _largest_of_each_group(scores, structure)
-    if keep <= scores.numel() // structure.group * (structure.group - structure.zeroed):
-        return mask
-    return largest_mask(scores.masked_fill(mask, torch.finfo(scores.dtype).max), keep)
+        raise ValueError(f"the scores to project {fault_message('not finite')}")
+    return _largest_of_each_group(scores, structure)
 
 
 def _largest_of_each_group(scores: Tensor, structure: MaskStructure) -> Tensor:

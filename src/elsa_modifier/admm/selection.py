@@ -19,12 +19,15 @@ from torch import Tensor
 
 from elsa_modifier.admm.bitscan import HIGHEST, Scan, fault_of, histogram, mask_from, scan, score_bits
 
-__all__ = ["WHOLE", "Shards", "Threshold", "find_threshold", "largest_mask"]
+__all__ = ["WHOLE", "Shards", "Threshold", "bin_bits", "fault_message", "find_threshold", "largest_mask"]
 
 # 2^11 bins take three rounds to tell all floats apart, stay in cache, and are little to add up over ranks. Very many
 # tensors get fewer, so that the counts of all of them stay small.
 _BIN_BITS = range(6, 12)
 _ALL_BIN_BITS = 22
+# Over ranks as many bytes of counts as these many scores may cost, all tensors together; more rounds are dearer below.
+_FEWEST_BIN_BITS = 4
+_SCORES_PER_BIN = 64
 # How far the ends of the bracket are from where the sample has the threshold. Each misses once in 30,000 times.
 _DEVIATIONS = 4.0
 # Below this many scores in main memory a partition of a copy is done before the counting has begun.
@@ -35,6 +38,12 @@ _SAMPLED_FROM = 1 << 14
 _HELD_FRACTION = 1 / 8
 
 
+_FAULTS = {
+    "not finite": "hold NaN or infinity; the weights or their gradients have diverged",
+    "negative": "are negative, or -0.0; take their absolute values",
+}
+
+
 def _alone(counts: Tensor) -> Tensor:
     return counts
 
@@ -43,19 +52,16 @@ def _alone(counts: Tensor) -> Tensor:
 class Shards:
     """How the scores are split over ranks: shard ``rank`` of ``count``, in the order of the global index.
 
-    :param add: the sum over all shards of an int64 tensor in main memory; every shard calls it equally often, with
-        tensors of the same shape
+    :param add: the sum over all shards of an int64 or float64 tensor in main memory, a new one; every shard calls it
+        equally often, with tensors of the same shape
+    :param scores: how many there are in all, tensors and shards; 0 if that does not matter. Fewer scores are counted
+        in fewer bins, so that counts are a fraction of what they count
     """
 
     rank: int = 0
     count: int = 1
     add: Callable[[Tensor], Tensor] = _alone
-
-    def before(self, count: int) -> int:
-        """The sum of ``count`` over the shards of lower rank."""
-        counts = torch.zeros(self.count, dtype=torch.int64)
-        counts[self.rank] = count
-        return int(self.add(counts)[: self.rank].sum())
+    scores: int = 0
 
 
 WHOLE = Shards()
@@ -105,24 +111,36 @@ class _Interval:
     inside: Tensor
 
 
-def largest_mask(scores: Tensor, keep: int, shards: Shards = WHOLE) -> Tensor:
+def bin_bits(tensors: int, shards: Shards) -> int:
+    """How many bits of the scores of so many tensors one round of counting tells apart."""
+    bits = min(max(_ALL_BIN_BITS - tensors.bit_length(), _BIN_BITS[0]), _BIN_BITS[-1])
+    if shards.scores:
+        bits = min(bits, max(_FEWEST_BIN_BITS, (shards.scores // (_SCORES_PER_BIN * tensors)).bit_length() - 1))
+    return bits
+
+
+def fault_message(fault: str) -> str:
+    """What is said of scores with a fault that :func:`~elsa_modifier.admm.bitscan.fault_of` names."""
+    return _FAULTS[fault]
+
+
+def largest_mask(scores: Tensor, keep: int) -> Tensor:
     """Boolean mask of the ``keep`` largest scores, exactly as many, ties to the lower index.
 
-    :param scores: fp32, any shape, without a sign (``-0.0`` has one); this shard's part of them, which may be empty
-    :param keep: how many of all shards' scores
-    :raises ValueError: on every shard, for scores that are negative or not finite, or a ``keep`` outside [0, n]
+    :param scores: fp32, any shape, without a sign (``-0.0`` has one); for scores in shards see
+        :mod:`elsa_modifier.admm.sharding`
+    :raises ValueError: for scores that are negative or not finite, or a ``keep`` outside [0, n]
     """
     bits = score_bits(scores)
-    count = int(shards.add(torch.tensor([bits.numel()])))
+    count = bits.numel()
     if not 0 <= keep <= count:
         raise ValueError(f"cannot keep {keep} of {count} weights; allowed is 0 to {count}")
-    if shards.count == 1 and bits.device.type == "cpu" and 0 < count < _PARTITIONED_BELOW:
+    if bits.device.type == "cpu" and 0 < count < _PARTITIONED_BELOW:
         return _mask_by_partition(bits, keep).view_as(scores)
     mask = torch.empty_like(bits, dtype=torch.bool)
-    found = find_threshold([lambda: bits], [bits.numel()], keep, [0], [count], shards, mask)
+    found = find_threshold([lambda: bits], [count], keep, [0], [count], mask=mask)
     ties = int(found.ties)
-    wanted = keep - int(shards.add(found.above))
-    kept = min(max(wanted - shards.before(ties), 0), ties)
+    kept = min(max(keep - int(found.above), 0), ties)
     candidates = found.scans[0].candidates if found.scans else None
     if candidates is None:
         mask = mask_from(bits, found.bits, ties - kept)
@@ -204,10 +222,10 @@ def _sampled_bracket(
 
 def _refine(sources: Sequence[Callable[[], Tensor]], interval: _Interval, target: _Target, shards: Shards) -> _Interval:
     """Narrow an interval that holds the threshold down to it, by histograms."""
-    bin_bits = min(max(_ALL_BIN_BITS - len(sources).bit_length(), _BIN_BITS[0]), _BIN_BITS[-1])
+    step = bin_bits(len(sources), shards)
     while interval.low < interval.high:
         low, high = interval.low, interval.high
-        shift = max(0, (high - low).bit_length() - bin_bits)
+        shift = max(0, (high - low).bit_length() - step)
         counts = torch.stack([histogram(source(), low, high, shift) for source in sources])
         # How many scores are in a bin or above it.
         reach = counts.flip(1).cumsum(1).flip(1) + interval.above.unsqueeze(1)
@@ -227,11 +245,7 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def _refuse_faults(faults: Sequence[str], shards: Shards) -> None:
-    kinds = {
-        "not finite": "hold NaN or infinity; the weights or their gradients have diverged",
-        "negative": "are negative, or -0.0; take their absolute values",
-    }
-    counts = shards.add(torch.tensor([[fault == kind for kind in kinds] for fault in faults]).sum(dim=0))
-    for kind, count in zip(kinds.values(), counts.tolist(), strict=True):
+    counts = shards.add(torch.tensor([[fault == kind for kind in _FAULTS] for fault in faults]).sum(dim=0))
+    for kind, count in zip(_FAULTS.values(), counts.tolist(), strict=True):
         if count:
             raise ValueError(f"the scores to project {kind}")

@@ -10,7 +10,7 @@ the penalty must leave ``y`` as it is and rescale ``u``; so nothing has to be do
 ``penalty (x - z) + y``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class ADMMState:
     :param dual: whether there is one, which the coupled form always has; otherwise ``u`` is 0
     :param dtype: what the pair is stored in; arithmetic is fp32
     :param scratch: for weights of at least this size; here and in the methods, None allocates
+    :param select: from scores to the mask, here and in :meth:`update`, where ``keep`` and ``structure`` do not tell: a
+        part of a weight
     """
 
     def __init__(
@@ -47,12 +49,13 @@ class ADMMState:
         dual: bool = True,
         dtype: StateDtype = "fp32",
         scratch: Scratch | None = None,
+        select: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.keep = keep
         self.structure = structure
         self.form = form
         self._shape = x.shape
-        self._bits = pack_bits(sparse_mask(projection_scores(x.detach().float()), keep, structure))
+        self._bits = pack_bits(self._select(projection_scores(x.detach().float()), select))
         # z on the support, -y off it. At first z = Proj(x) and y = 0.
         self._pair: StoredPair | None = None
         if form == "coupled":
@@ -117,6 +120,7 @@ class ADMMState:
         scratch: Scratch | None = None,
         *,
         ascent: float = 1.0,
+        select: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """z- and u-update. Returns how many entries entered the mask.
 
@@ -130,7 +134,7 @@ class ADMMState:
         scratch = self._scratch(scratch)
         # z <- Proj(x + u)
         v = self._point(x, penalty, scratch)
-        new = pack_bits(sparse_mask(projection_scores(v, fisher), self.keep, self.structure))
+        new = pack_bits(self._select(projection_scores(v, fisher), select))
         entered = count_entered(new, self._bits)
         self._bits = new
         # u <- u + ascent (x - z)
@@ -190,6 +194,9 @@ class ADMMState:
                 gap = weight * select_by_bits(bits, weight.shape, 0.0, 1.0, scratch.selection)
             sums += torch.stack([torch.dot(gap, gap), torch.dot(weight, weight)])
         return sums
+
+    def _select(self, scores: Tensor, select: Callable[[Tensor], Tensor] | None) -> Tensor:
+        return sparse_mask(scores, self.keep, self.structure) if select is None else select(scores)
 
     def _point(self, x: Tensor, penalty: float, scratch: Scratch) -> Tensor:
         """``v = x + u``, fp32, in ``scratch``."""

@@ -1,5 +1,6 @@
 """Which fields of a recipe would make a run fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def find_remedy(planner: Planner, modifier: ELSAModifier) -> Remedy:
     """Changes to the recipe that make it fit, those that cost least first."""
     before = planner.plan(modifier)
     changes = []
-    for fields in _candidates(modifier):
+    for fields in _candidates(modifier, before.gpus):
         plan = _plan_with(planner, modifier, [fields])
         if plan is not None and plan.memory.total < before.memory.total:
             changes.append(Change(fields, before.memory.total - plan.memory.total))
@@ -63,11 +64,12 @@ def as_yaml(fields: dict[str, Any]) -> str:
     return yaml.safe_dump(fields, sort_keys=False, default_flow_style=True, width=10**6).strip().strip("{}")
 
 
-def _candidates(modifier: ELSAModifier) -> list[dict[str, Any]]:
+def _candidates(modifier: ELSAModifier, gpus: int) -> list[dict[str, Any]]:
     """From what costs only time to what rounds numbers that the method computes with."""
     # The same tokens, and the same steps where gradients may accumulate.
     field = "steps" if modifier.gradient_release else "gradient_accumulation_steps"
-    smaller_batch = {"batch_size": 1, field: getattr(modifier, field) * modifier.batch_size}
+    smallest = math.gcd(modifier.batch_size, gpus)
+    smaller_batch = {"batch_size": smallest, field: getattr(modifier, field) * modifier.batch_size // smallest}
     # Weights in bf16 need an optimizer that rounds stochastically.
     optimizer = {} if modifier.optimizer in LOW_BIT_OPTIMIZERS else {"optimizer": "adam8bit_sr"}
     return [

@@ -43,9 +43,14 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run: ``batch_size`` is that of each GPU."""
+        """Tokens of the whole run: ``batch_size`` counts over all GPUs."""
         s = self.settings
-        return s.steps * s.batch_size * s.gradient_accumulation_steps * s.sequence_length * self.gpus
+        return s.steps * s.batch_size * s.gradient_accumulation_steps * s.sequence_length
+
+    @property
+    def sequences(self) -> int:
+        """Of a micro-batch, on the GPU that has most of them."""
+        return -(-self.settings.batch_size // self.gpus)
 
     @property
     def flops(self) -> int:
@@ -63,7 +68,7 @@ class Planner:
     """Plans runs of one model on given GPUs.
 
     Several GPUs share weights, gradients, moments and ADMM state evenly (FSDP2, every layer sharded); each computes
-    with whole layers, in the dtype of the matrix products, on a batch of its own.
+    with whole layers, in the dtype of the matrix products, on its part of the batch.
 
     :param capacity: bytes of each GPU
     :param tflops: what each GPU sustains, 10^12 operations a second
@@ -125,7 +130,8 @@ class Planner:
         )
         # Only the layers that are put together are computed with, in the dtype of the products.
         dtype = settings.weights if self._gpus == 1 else settings.compute
-        micro_batch = self._trace(settings, dtype).bytes(settings.weights.itemsize / self._gpus)
+        own = replace(settings, batch_size=-(-settings.batch_size // self._gpus))
+        micro_batch = self._trace(own, dtype).bytes(settings.weights.itemsize / self._gpus)
         projection = projection_temporaries(shape, settings) // self._gpus
         if not settings.gradient_release:
             projection += share.gradients

@@ -22,7 +22,7 @@ _LINES = {
     "activations": "activations",
     "gathered": "gathered layers",
 }
-_ONE_PROCESS = "ELSAModifier runs in one process so far: this is what several GPUs would take, not a run you can start."
+_RANKS = "Several GPUs: as parallel 'fsdp' shares the work, started by torchrun with a process for each."
 
 
 def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
     console.print(_memory_table(plan, title))
     console.print(_work(plan), highlight=False)
     if plan.gpus > 1:
-        console.print(_ONE_PROCESS, highlight=False)
+        console.print(_RANKS, highlight=False)
     if remedy is None:
         console.print(f"Fits {_gpus(plan)}.", highlight=False)
         return
@@ -106,14 +106,14 @@ def _notes(plan: Plan) -> dict[str, str]:
         "teacher": f"the dense weights in bf16, for {s.objective.name}{shared}",
         "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if s.form == "coupled" or s.dual else "")
         + f"mask bits{shared}",
-        "activations": f"{s.batch_size} x {s.sequence_length} tokens, {checkpointed}",
+        "activations": f"{plan.sequences} x {s.sequence_length} tokens, {checkpointed}",
         "gathered": "whole layers to compute with",
     }
 
 
 def _work(plan: Plan) -> str:
     return (
-        f"{plan.settings.steps:,} steps, {plan.tokens:,} tokens (batch_size is that of each GPU), "
+        f"{plan.settings.steps:,} steps, {plan.tokens:,} tokens, "
         f"{plan.flops:.3g} FLOPs: {plan.hours:,.1f} hours at {plan.tflops:g} TFLOP/s a GPU (assumed)."
     )
 

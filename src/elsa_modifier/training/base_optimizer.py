@@ -2,7 +2,7 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from loguru import logger
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_modifier.admm.rounding import Place
 from elsa_modifier.training.stochastic_adam import StochasticAdam
 
 __all__ = ["LOW_BIT_OPTIMIZERS", "OptimizerName", "build_base_optimizer", "check_optimizer"]
@@ -33,7 +34,13 @@ def check_optimizer(name: OptimizerName) -> None:
 
 
 def build_base_optimizer(
-    name: OptimizerName, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float]
+    name: OptimizerName,
+    parameters: list[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    seed: int | None = None,
+    places: Sequence[Place] | None = None,
 ) -> Optimizer:
     """An optimizer on ``parameters``, all on one device. bf16 parameters are rounded stochastically.
 
@@ -41,6 +48,8 @@ def build_base_optimizer(
     integers, some seconds a shape, but makes a step several times as fast; fp8's step gains little and is not compiled
     (docs/results/optimizer_step.md).
 
+    :param seed: of the noise of stochastic rounding, and ``places``: see
+        :class:`~elsa_modifier.training.stochastic_adam.StochasticAdam`. torchao draws from torch's generator
     :raises ValueError: see :func:`check_optimizer`
     """
     check_optimizer(name)
@@ -49,7 +58,7 @@ def build_base_optimizer(
         adam: Optimizer = _TORCH[name](parameters, lr=lr, betas=betas, fused=device in ("cpu", "cuda"))
         return adam
     if name == "adam8bit_sr":
-        return StochasticAdam(parameters, lr=lr, betas=betas)
+        return StochasticAdam(parameters, lr=lr, betas=betas, seed=seed, places=places)
     from torchao import optim
 
     make = getattr(optim, _TORCHAO[name])

@@ -18,6 +18,7 @@ from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.training.data import BatchSource
 from elsa_modifier.training.gradient_release import releasing_gradients
 from elsa_modifier.training.objective import Objective, count_targets, next_token_loss
+from elsa_modifier.training.parallel import Alone
 
 __all__ = ["Precision", "StepRecord", "StepWatcher", "TrainingDiverged", "TrainingStopped", "train"]
 
@@ -92,6 +93,7 @@ def train(
     device: torch.device,
     history: list[StepRecord],
     gradient_release: bool = False,
+    parallel: Alone | None = None,
     watcher: StepWatcher | None = None,
 ) -> None:
     """Run the optimizer steps that it has not taken yet, up to ``steps``, and append a record of each to ``history``.
@@ -102,20 +104,23 @@ def train(
     :param precision: ``bf16`` runs forward and backward under autocast
     :param gradient_release: see :mod:`elsa_modifier.training.gradient_release`; needs ``max_grad_norm`` None and a
         single micro-batch
+    :param parallel: how the run is spread over ranks; None is one process. ``batches`` are the global ones
     :param watcher: is told of every step
     :raises TrainingDiverged: at the first loss or gradient norm that is not finite, before it touches a weight; with
         gradient release a norm is known only afterwards
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parallel = parallel or Alone(model)
+    parameters = parallel.parameters
     # A run that is resumed has taken steps before.
     first = optimizer.step_count
     started = time.perf_counter() - (history[-1].seconds if first else 0.0)
     seen = sum(record.tokens for record in history) if first else 0
     shown_residual = ""
-    releasing = releasing_gradients(optimizer, parameters) if gradient_release else nullcontext()
+    releasing = releasing_gradients(optimizer, parallel) if gradient_release else nullcontext()
+    show = parallel.is_first
     with (
         _telling_where_it_stopped(optimizer, steps, watcher),
-        tqdm(initial=first, total=steps, desc="ELSA", unit="step", dynamic_ncols=True) as bar,
+        tqdm(initial=first, total=steps, desc="ELSA", unit="step", dynamic_ncols=True, disable=not show) as bar,
         releasing as release,
     ):
         for step in range(first, steps):
@@ -125,21 +130,25 @@ def train(
             micro_batches = batches.micro_batches(step)
             tokens = _count_tokens(micro_batches)
             if release is None:
-                loss = _accumulate_gradients(model, objective, micro_batches, tokens, precision, device)
+                part = parallel.part_of(micro_batches)
+                loss = _accumulate_gradients(model, objective, part, tokens, precision, device)
+                loss = parallel.collect_gradients(loss)
                 for parameter in parameters:
                     optimizer.mask_gradient_(parameter)
-                norm = nn.utils.get_total_norm(_gradients(parameters))
+                norm = parallel.total_norm()
                 mean_loss, grad_norm = _finite(step, learning_rate, loss, norm)
                 if max_grad_norm is not None and grad_norm > max_grad_norm:
                     nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-                optimizer.step()
+                with parallel.drawing(step):
+                    optimizer.step()
             else:
-                (batch,) = micro_batches
-                loss = _loss(model, objective, batch, tokens, precision, device)
-                _finite(step, learning_rate, loss.detach(), torch.zeros_like(loss))
-                loss.backward()
+                (batch,) = parallel.part_of(micro_batches)
+                own_loss = _loss(model, objective, batch, tokens, precision, device)
+                loss = parallel.sum_of_parts(own_loss.detach())
+                _finite(step, learning_rate, loss, torch.zeros_like(loss))
+                own_loss.backward()
                 mean_loss, grad_norm = _finite(
-                    step, learning_rate, loss.detach(), release.finish(), "weights have been changed in this step"
+                    step, learning_rate, loss, release.finish(), "weights have been changed in this step"
                 )
             scheduler.step()
             optimizer.zero_grad()
@@ -243,7 +252,3 @@ def _finite(
             f"warmup_steps, or set precision to 'fp32'; {consequence}"
         )
     return mean_loss, grad_norm
-
-
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]

@@ -10,17 +10,16 @@ from collections.abc import Set as AbstractSet
 from itertools import repeat
 
 import torch
-from compressed_tensors.offload import remove_dispatch, set_onload_device
+from compressed_tensors.offload import remove_dispatch
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.utils import patch_attr, patch_attrs
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.dev import get_main_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-__all__ = ["WEIGHT_DTYPES", "embed_in_fp32", "trainable", "trained_dtype"]
+__all__ = ["WEIGHT_DTYPES", "embed_in_fp32", "trainable", "trained_dtype", "training_mode", "undispatched"]
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,18 +56,21 @@ def trainable(
     :raises ValueError: if a parameter has no data (a model offloaded to disk, or on the meta device), or the model's
         class does not know activation checkpointing
     """
-    offloaded = any(isinstance(module._parameters, OffloadCache) for module in model.modules())
     with contextlib.ExitStack() as stack:
-        if offloaded:
-            remove_dispatch(model)
-            stack.callback(set_onload_device, model, get_main_device())
-            # Offloading gives each module a parameter of its own, tied or not.
-            model.tie_weights()
+        stack.enter_context(undispatched(model, device))
         for name, parameter in model.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"parameter {name} has no data to train; load the model into memory, not onto disk")
         stack.callback(_restore_modes, {module: module.training for module in model.modules()})
         stack.enter_context(_training_tensors(model, device, dtype, frozen))
+        stack.enter_context(training_mode(model, activation_checkpointing=activation_checkpointing))
+        yield
+
+
+@contextlib.contextmanager
+def training_mode(model: PreTrainedModel, *, activation_checkpointing: bool = False) -> Iterator[None]:
+    """Of :func:`trainable`, what is not about tensors; modules remain in training mode."""
+    with contextlib.ExitStack() as stack:
         stack.callback(embed_in_fp32(model).remove)
         if activation_checkpointing:
             stack.enter_context(_activation_checkpointing(model))
@@ -80,6 +82,27 @@ def trainable(
         stack.enter_context(torch.enable_grad())
         model.train()
         yield
+
+
+@contextlib.contextmanager
+def undispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Within the context llm-compressor's offloading is taken off; afterwards it loads weights onto ``device``.
+
+    It is put back as it was, not made anew: among several ranks that would share main memory between them.
+    """
+    offloaded = [module for module in model.modules() if isinstance(module._parameters, OffloadCache)]
+    before = [(m, m._parameters, m._buffers, m.forward, m._original_forward_func) for m in offloaded]
+    if offloaded:
+        remove_dispatch(model)
+        # Offloading gives each module a parameter of its own, tied or not.
+        model.tie_weights()
+    try:
+        yield
+    finally:
+        for module, parameters, buffers, forward, original in before:
+            parameters.onload_device = buffers.onload_device = device
+            module._parameters, module._buffers = parameters, buffers
+            module.forward, module._original_forward_func = forward, original
 
 
 def _restore_modes(modes: dict[nn.Module, bool]) -> None:

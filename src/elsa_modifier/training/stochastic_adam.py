@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_modifier.admm.rounding import round_stochastically_, uniform_int16
+from elsa_modifier.admm.rounding import Place, keyed_int16, round_stochastically_, uniform_int16
 from elsa_modifier.admm.storage import BLOCK, as_float, block_maxima, chunks, padded, scale_blocks_
 
 __all__ = ["FirstMoment", "SecondMoment", "StochasticAdam", "moment_block"]
@@ -79,12 +79,12 @@ class _Moment(ABC):
         scale_blocks_(values, self._scales_of(start, end), torch.Tensor.mul_, self._block)
         return values
 
-    def write(self, start: int, end: int, values: Tensor) -> None:
-        """Store fp32 ``values``, which are overwritten."""
+    def write(self, start: int, end: int, values: Tensor, noise: Tensor | None = None) -> None:
+        """Store fp32 ``values``, which are overwritten; ``noise`` is for the moment that is rounded stochastically."""
         scales = self._scales_of(start, end)
         scales.copy_(block_maxima(values, self._block)[:, None]).clamp_min_(_SMALLEST_SCALE)
         scale_blocks_(values, scales, torch.Tensor.div_, self._block)
-        self._encode(values, self.codes[start:end])
+        self._encode(values, self.codes[start:end], noise)
 
     def _scales_of(self, start: int, end: int) -> Tensor:
         return self.scale[start // self._block : padded(end, self._block) // self._block, None]
@@ -94,7 +94,7 @@ class _Moment(ABC):
         """The values of codes, from -1 to 1: fp32, a new tensor."""
 
     @abstractmethod
-    def _encode(self, values: Tensor, codes: Tensor) -> None:
+    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
         """Write the codes of values from -1 to 1, which may be overwritten."""
 
 
@@ -108,7 +108,7 @@ class FirstMoment(_Moment):
     def _decode(self, codes: Tensor) -> Tensor:
         return as_float(codes, torch.empty(codes.shape, device=codes.device)).mul_(1 / 448)
 
-    def _encode(self, values: Tensor, codes: Tensor) -> None:
+    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
         codes.copy_(values.mul_(448))
 
 
@@ -119,21 +119,23 @@ class SecondMoment(_Moment):
         codes = torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device)
         super().__init__(codes, parameter.shape)
 
-    def write(self, start: int, end: int, values: Tensor) -> None:
+    def write(self, start: int, end: int, values: Tensor, noise: Tensor | None = None) -> None:
         # Found out before the division, in which the smallest vanish; from the bits, as a CPU is slow to compare.
         positive = values.view(torch.int32).clamp(max=1).to(torch.uint8)
-        super().write(start, end, values)
+        super().write(start, end, values, noise)
         codes = self.codes[start:end]
         torch.maximum(codes, positive, out=codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
         return _table(codes.device).index_select(0, codes.to(torch.int32))
 
-    def _encode(self, values: Tensor, codes: Tensor) -> None:
+    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
         bits = values.view(torch.int32)
         # 16 random bits at the upper end of those dropped, and what is carried over rounds up.
-        noise = uniform_int16(bits).to(torch.int32).add_(1 << 15).bitwise_left_shift_(_DROPPED - 16)
-        rounded = bits.add_(noise).bitwise_right_shift_(_DROPPED)
+        drawn = uniform_int16(bits) if noise is None else noise
+        rounded = bits.add_(
+            drawn.to(torch.int32).add_(1 << 15).bitwise_left_shift_(_DROPPED - 16)
+        ).bitwise_right_shift_(_DROPPED)
         codes.copy_(rounded.sub_(_CODE_OF_ONE - 255).clamp_(min=0))
 
 
@@ -152,6 +154,9 @@ class StochasticAdam(Optimizer):
     :class:`~elsa_modifier.admm.optimizer.RoundsOnce`.
 
     :param parameters: fp32 or bf16, contiguous
+    :param seed: of the noise, which is then a function of it, the parameter's step and the entry alone; None draws from
+        torch's generator
+    :param places: of each parameter among all; None numbers them in order
     """
 
     def __init__(
@@ -161,8 +166,14 @@ class StochasticAdam(Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        seed: int | None = None,
+        places: Sequence[Place] | None = None,
     ) -> None:
+        parameters = list(parameters)
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        self._seed = seed
+        places = places or [Place(i, 0, p.numel()) for i, p in enumerate(parameters)]
+        self._places = {id(p): place for p, place in zip(parameters, places, strict=True)}
         self.before_rounding: Callable[[Tensor, int, int, Tensor], None] | None = None
 
     @torch.no_grad()
@@ -197,6 +208,11 @@ class StochasticAdam(Optimizer):
             if self.before_rounding is not None:
                 self.before_rounding(parameter, start, end, values)
             if values is not weight:
-                round_stochastically_(weight, values)
+                round_stochastically_(weight, values, self._noise(parameter, state["step"], 0, start, end))
             state["exp_avg"].write(start, end, first)
-            state["exp_avg_sq"].write(start, end, second)
+            state["exp_avg_sq"].write(start, end, second, self._noise(parameter, state["step"], 1, start, end))
+
+    def _noise(self, parameter: Tensor, step: int, purpose: int, start: int, end: int) -> Tensor | None:
+        if self._seed is None:
+            return None
+        return keyed_int16((self._seed, step, purpose), self._places[id(parameter)], start, end, parameter.device)
