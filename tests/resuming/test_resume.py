@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
+from elsa_modifier.resuming.manifest import Manifest
 from tests.conftest import CONFIGS
 from tests.resuming.conftest import Killed, different
 
@@ -55,6 +56,17 @@ def test_dropout_experts_and_ties(prune, model):
 )
 def test_every_state_is_kept(prune, fields):
     assert_goes_on(prune, **fields)
+
+
+def test_experts_without_a_token_yet(prune, tmp_path):
+    """They have no moments in the checkpoint, and some get their first gradient after it."""
+    few = {"batch_size": 1, "sequence_length": 2, "objective": "next_token"}
+    assert_goes_on(prune, model="qwen3-moe", at=(4,), checkpoint_keep=9, **few)
+    unreached = [
+        len(Manifest.read(tmp_path / "cut-training" / f"step-{step:08d}").run["progress"]["unreached"])
+        for step in (3, 12)
+    ]
+    assert unreached[0] > unreached[1]
 
 
 def test_what_is_found_out_about_a_model_draws_nothing(prune, monkeypatch):
