@@ -11,7 +11,6 @@ from benchmarks.random_llama import random_llama
 from benchmarks.vllm_server import PYTHON, serve
 from elsa_modifier import save_sparse
 from tests.serving.asking import DENSE, ask, distance, logprobs_of, prompt_of
-from tests.serving.conftest import SHAPE
 
 pytestmark = pytest.mark.serving
 
@@ -50,21 +49,20 @@ def test_fused_layers_and_tensor_parallel_ranks(small, tmp_path, ranks):
     assert distance(compressed, dense) < CLOSE
 
 
-def test_compiled_and_compiled_again_for_other_weights(small, tmp_path):
-    """Compiled graphs are kept on disk, and hold sizes of packed weights."""
+def test_compiled_and_compiled_again_for_another_setting(small, tmp_path):
+    """Compiled graphs are kept on disk, and hold sizes of packed weights and which layers have them."""
     prompt = prompt_of(small / "dense", 300)
     environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    place = tmp_path / "served"
-    random_llama(tmp_path / "other", 0.8, seed=1, **SHAPE)
-    for dense in (small / "dense", tmp_path / "other"):
-        shutil.rmtree(place, ignore_errors=True)
-        save_sparse(dense, place, progress=False)
-        with serve(place, tmp_path / "dense.log", *DENSE) as server:
-            expected = logprobs_of(server, prompt)
-        with serve(place, tmp_path / "compressed.log", "--no-enforce-eager", environment=environment) as server:
-            compressed = logprobs_of(server, prompt)
-            assert COMPRESSED.search(server.log) and "AOT compiled function" in server.log
-        assert distance(compressed, expected) < CLOSE
+    with serve(small / "dense", tmp_path / "eager.log") as server:
+        expected = logprobs_of(server, prompt)
+    for values, compressed, limit in ((True, 7, CLOSE), ("int8", 7, 2 * CLOSE), (False, 0, CLOSE)):
+        arguments = ("--no-enforce-eager", "--model-loader-extra-config", json.dumps({"compressed": values}))
+        with serve(small / "sparse", tmp_path / "compiled.log", *arguments, environment=environment) as server:
+            assert distance(logprobs_of(server, prompt), expected) < limit
+            found = COMPRESSED.search(server.log)
+            assert (int(found[1]) if found else 0) == compressed and "saved AOT compiled function" in server.log
+    # This vLLM fails to load what it kept, and compiles again; one that does not must find none of another setting.
+    assert len(list((tmp_path / "cache").glob("torch_compile_cache/torch_aot_compile/*"))) == 3
 
 
 def test_quantized_weights_stay_integers(quantized, tmp_path):
@@ -96,17 +94,14 @@ def test_rounded_while_loading(small, tmp_path):
 
 
 def test_memory_while_loading(tmp_path):
-    """Dense weights exist one layer at a time."""
-    layers = 24
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 8}
+    """Dense weights exist one layer at a time: the server never takes as much as all of them alone would."""
+    layers = 28
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": layers, "num_attention_heads": 16}
     dense = random_llama(tmp_path / "dense", 0.95, vocabulary=2048, **shape)
     save_sparse(dense, tmp_path / "sparse", encoding="bitmask", progress=False)
-    peaks = []
-    for switch in ((), DENSE):
-        with serve(tmp_path / "sparse", tmp_path / "server.log", *switch) as server:
-            peaks.append(server.resident("VmHWM"))
-    linears = 2 * layers * (4 * 1024**2 + 3 * 1024 * 2816)
-    assert peaks[1] - peaks[0] > 0.7 * linears
+    shutil.rmtree(dense)
+    with serve(tmp_path / "sparse", tmp_path / "server.log") as server:
+        assert server.resident("VmHWM") < 2 * layers * (4 * 2048**2 + 3 * 2048 * 5632)
 
 
 def test_without_kernels_it_is_dense_and_says_what_to_install(small, tmp_path):
