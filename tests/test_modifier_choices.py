@@ -31,8 +31,8 @@ def test_the_learning_rate_follows_steps_width_and_what_is_pruned(load, texts):
 def test_a_model_without_a_width_has_that_of_its_first_target():
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
     weights = [
-        SimpleNamespace(weight=torch.zeros(10, 128), keep=128),
-        SimpleNamespace(weight=torch.zeros(8, 64), keep=51),
+        SimpleNamespace(weight=torch.zeros(10, 128), size=1280, keep=128),
+        SimpleNamespace(weight=torch.zeros(8, 64), size=512, keep=51),
     ]
     found = ELSAModifier(**QUICK)._default_learning_rate(SimpleNamespace(config=config), weights)
     assert found == default_learning_rate(steps=4, width=128, sparsity=1 - 179 / (1280 + 512))

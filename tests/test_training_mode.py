@@ -19,9 +19,9 @@ def watched(watch):
     """A modifier that calls ``watch`` with the model and the optimizer before the first step."""
 
     class Watched(ELSAModifier):
-        def _build_optimizer(self, model, targets):
-            optimizer = super()._build_optimizer(model, targets)
-            watch(model, optimizer)
+        def _build_optimizer(self, run, targets):
+            optimizer = super()._build_optimizer(run, targets)
+            watch(run.model, optimizer)
             return optimizer
 
     return Watched

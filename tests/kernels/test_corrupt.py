@@ -115,7 +115,7 @@ def test_kernels_stay_inside_of_what_was_checked(values, layout, fuzzer, tmp_pat
     file = tmp_path / "packed"
     file.write_bytes(bytes(packed.tolist()))
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
-    run = subprocess.run([fuzzer, file, "300", "0"], capture_output=True, text=True, env=environment)
+    run = subprocess.run([fuzzer, file, "600", "0"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     refused, computed = map(int, re.findall(r"\d+", run.stdout))
     assert refused > 100 and computed > 20

@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 class Place:
     """Where a flat tensor lies among all tensors of a run.
 
-    :param tensor: its number
+    :param tensor: a number that tells it from the others
     :param offset: the index of its first entry in the whole tensor, if it is a part
     :param entries: of the whole tensor
     """

@@ -31,7 +31,7 @@ from elsa_modifier.training.layers import decoder_layers
 from elsa_modifier.training.loading import is_placeholder
 from elsa_modifier.training.model_state import embed_in_fp32, trained_dtype
 from elsa_modifier.training.objective import Objective
-from elsa_modifier.training.parallel import Replicated, add_gradients, drawing_alike, gradient_norm
+from elsa_modifier.training.parallel import Replicated, add_gradients, drawing_alike, gradient_norm, name_number
 from elsa_modifier.training.ranks import Ranks
 
 __all__ = ["FullySharded", "sharded_copy"]
@@ -99,8 +99,8 @@ class FullySharded(Replicated):
         return self._local[id(parameter)]
 
     def places(self) -> list[Place]:
-        whole = [p for p in self.model.parameters() if p.requires_grad]
-        return [Place(i, self._first_entry(p), p.numel()) for i, p in enumerate(whole)]
+        whole = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [Place(name_number(name), self._first_entry(p), p.numel()) for name, p in whole]
 
     def _first_entry(self, parameter: nn.Parameter) -> int:
         if not isinstance(parameter, DTensor):

@@ -5,6 +5,7 @@ same global batch, and its gradient is the sum over all of it: what comes out de
 order in which floating-point numbers are added up, and by nothing else but dropout.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -30,6 +31,7 @@ __all__ = [
     "drawing_alike",
     "forked_generators",
     "gradient_norm",
+    "name_number",
     "own_part",
 ]
 
@@ -61,7 +63,7 @@ class Alone:
 
     def places(self) -> list[Place]:
         """Where each of ``parameters`` lies among those of the whole model."""
-        return [Place(i, 0, p.numel()) for i, p in enumerate(self.parameters)]
+        return [Place(name_number(n), 0, p.numel()) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def teacher(self) -> PreTrainedModel:
         """A copy of the model as it is now, in evaluation mode, for an objective to compare with."""
@@ -229,6 +231,11 @@ def drawing_alike(seed: int, step: int, device: torch.device, part: int = 0) -> 
     with forked_generators(device):
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + part)
         yield
+
+
+def name_number(name: str) -> int:
+    """A number for a tensor of this name: by names, tensors that are not trained do not change those of the others."""
+    return zlib.crc32(name.encode())
 
 
 def forked_generators(device: torch.device) -> AbstractContextManager[None]:
