@@ -328,6 +328,8 @@ def test_little_memory_and_static_scales_between_other_modifiers(run):
     elsa = ELSAModifier(
         **QUICK
         | dict(sparsity=0.8, precision="bf16", weight_dtype="bf16", optimizer="adam8bit_sr", max_grad_norm=None),
+        # The first gradients towards a teacher that is the model itself are rounding alone.
+        objective="next_token",
         gradient_release=True,
     )
     static = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -339,7 +341,8 @@ def test_little_memory_and_static_scales_between_other_modifiers(run):
     assert_on_grid(model, rounded=False)
     alone = ELSAModifier(**elsa.model_dump(exclude={"initialized_", "finalized_", "started_", "ended_"}))
     run([WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]), alone])
-    assert [r.loss for r in alone.history] == [r.loss for r in elsa.history]
+    # Modules with a scheme multiply by code of their own, which some processors round otherwise in bf16.
+    assert [r.loss for r in alone.history] == pytest.approx([r.loss for r in elsa.history], rel=2e-3)
     for attention in (layer.self_attn for layer in model.model.layers):
         assert all(float(getattr(attention, f"{name}_scale")) > 0 for name in ("k", "v"))
 
