@@ -341,8 +341,8 @@ def test_little_memory_and_static_scales_between_other_modifiers(run):
     assert_on_grid(model, rounded=False)
     alone = ELSAModifier(**elsa.model_dump(exclude={"initialized_", "finalized_", "started_", "ended_"}))
     run([WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]), alone])
-    # Modules with a scheme multiply by code of their own, which some processors round otherwise in bf16; from the second
-    # step on, 8-bit moments and stochastic rounding make much of that.
+    # Modules with a scheme multiply by code of their own, which some processors round otherwise in bf16; from the
+    # second step on, 8-bit moments and stochastic rounding make much of that.
     assert len(alone.history) == len(elsa.history)
     assert alone.history[0].loss == pytest.approx(elsa.history[0].loss, rel=2e-3)
     for attention in (layer.self_attn for layer in model.model.layers):
