@@ -129,7 +129,7 @@ def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
             batches,
             steps=STEPS,
             max_grad_norm=modifier.max_grad_norm,
-            precision=modifier.precision,
+            precision="fp32" if modifier.precision == "fp32" else "bf16",  # as the plan reads it
             device=device,
             history=[],
             gradient_release=modifier.gradient_release,

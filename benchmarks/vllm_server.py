@@ -88,7 +88,7 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | _ENVIRONMENT | dict(environment or {}),
+            env=_without_allocator_settings() | _ENVIRONMENT | dict(environment or {}),
             cwd=log.parent,
             start_new_session=True,
         )
@@ -108,3 +108,8 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
             # Workers may outlive the process that started them.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _without_allocator_settings() -> dict[str, str]:
+    # The Makefile has memory kept that is freed, which helps training. No user's server does, and here it is measured.
+    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

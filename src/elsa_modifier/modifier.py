@@ -53,9 +53,10 @@ from elsa_modifier.training.base_optimizer import (
 from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_without_causal_loss
 from elsa_modifier.training.data import ResumableSource, batches_from_calibration
 from elsa_modifier.training.learning_rate import default_learning_rate
-from elsa_modifier.training.loop import Precision, StepRecord, StepWatcher, train
+from elsa_modifier.training.loop import StepRecord, StepWatcher, train
 from elsa_modifier.training.model_state import WEIGHT_DTYPES
 from elsa_modifier.training.parallel import Alone, ParallelName, forked_generators
+from elsa_modifier.training.precision import PrecisionField, precision_on
 from elsa_modifier.training.ranks import Ranks, is_first_process, launched_ranks, ranks_of_this_run
 from elsa_modifier.training.spreading import spread
 from elsa_modifier.unreached import warn_of_unreached
@@ -123,7 +124,8 @@ class ELSAModifier(Modifier):
     :param finalize: fraction of the steps after which the mask is fixed; the rest trains the kept weights alone. Also
         accepted, and written to recipe.yaml, as ``finalize_at``, since a modifier's ``finalize`` is a method
     :param seed: of the order of the data and of dropout
-    :param precision: of the forward and backward pass: ``bf16`` (autocast) or ``fp32``
+    :param precision: of the forward and backward pass: ``bf16`` (autocast), ``fp32``, or ``auto``: bf16 where the
+        processor multiplies it
     :param weight_dtype: what weights and gradients are held in: ``fp32``, or ``bf16`` with stochastic rounding (norms
         and biases stay fp32), which needs an ``optimizer`` with moments in few bits
     :param state_dtype: what ``z`` and ``u`` are stored in, where they have to be (a dual, or the coupled form):
@@ -170,7 +172,7 @@ class ELSAModifier(Modifier):
     projection: Projection = "fisher"
     finalize_at: float = Field(0.8, ge=0, le=1, validation_alias=AliasChoices("finalize", "finalize_at"))
     seed: int = Field(0, ge=0)
-    precision: Precision = "bf16"
+    precision: PrecisionField = "auto"
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     state_dtype: StateDtype = "fp32"
     gradient_release: bool = False
@@ -317,6 +319,9 @@ class ELSAModifier(Modifier):
 
     def _run(self, model: PreTrainedModel, loader: Any, ranks: Ranks | None) -> None:
         device = get_main_device() if ranks is None else ranks.device
+        precision = precision_on(device, self.precision, weights=WEIGHT_DTYPES[self.weight_dtype])
+        if precision != self.precision:
+            logger.info(f"precision is 'auto': computing in {precision} on this {device.type.upper()}.")
         batches = batches_from_calibration(
             loader,
             steps=self.steps,
@@ -334,14 +339,14 @@ class ELSAModifier(Modifier):
                 ranks,
                 parallel=self.parallel,
                 seed=self.seed,
-                autocast=self.precision == "bf16",
+                autocast=precision == "bf16",
                 dtype=WEIGHT_DTYPES[self.weight_dtype],
                 activation_checkpointing=self.activation_checkpointing,
                 frozen=self._frozen,
             ) as run,
         ):
             model = run.model
-            refuse_without_causal_loss(model, autocast=self.precision == "bf16")
+            refuse_without_causal_loss(model, autocast=precision == "bf16")
             torch.manual_seed(self.seed)
             run.begin()
             targets = self._find_targets(model)
@@ -363,7 +368,7 @@ class ELSAModifier(Modifier):
                     objective=objective,
                     steps=self.steps,
                     max_grad_norm=self.max_grad_norm,
-                    precision=self.precision,
+                    precision=precision,
                     device=device,
                     history=self._history,
                     gradient_release=self.gradient_release,

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from elsa_modifier.training import distillation, objective
+from elsa_modifier.training import distillation, objective, precision
 from elsa_modifier.training.distillation import Distillation, copy_as_teacher
 from elsa_modifier.training.layers import layer_outputs
 from elsa_modifier.training.objective import next_token_loss
@@ -25,7 +25,7 @@ WEIGHTS = {
 @pytest.fixture
 def exact_teacher(monkeypatch):
     """A teacher in fp32, so that nothing is rounded."""
-    monkeypatch.setattr(distillation, "TEACHER_DTYPE", torch.float32)
+    monkeypatch.setattr(distillation, "teacher_dtype", lambda device: torch.float32)
     monkeypatch.setattr(distillation.torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
@@ -87,7 +87,8 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(exact_teacher):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_a_teacher_is_a_copy_in_half_the_bytes(name):
+def test_a_teacher_is_a_copy_in_half_the_bytes(name, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
     model = build(name).train()
     before = copy.deepcopy(model.state_dict())
     teacher = copy_as_teacher(model)

@@ -8,7 +8,6 @@ import torch
 
 from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
 from elsa_modifier.planning.settings import RunSettings
-from elsa_modifier.training.distillation import TEACHER_DTYPE
 from elsa_modifier.training.model_state import trained_dtype
 from elsa_modifier.training.stochastic_adam import moment_block
 
@@ -118,9 +117,9 @@ def _state_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
 
 
 def _teacher_bytes(parameters: Sequence[tuple[int, ...]]) -> int:
-    """Of :func:`~elsa_modifier.training.distillation.copy_as_teacher`."""
+    """Of :func:`~elsa_modifier.training.distillation.copy_as_teacher`, on a device that multiplies bf16."""
     shapes = [torch.empty(shape, device="meta") for shape in parameters]
-    return sum(tensor.numel() * trained_dtype(tensor, TEACHER_DTYPE).itemsize for tensor in shapes)
+    return sum(tensor.numel() * trained_dtype(tensor, torch.bfloat16).itemsize for tensor in shapes)
 
 
 def _scratch_bytes(largest: int, device: torch.device) -> int:

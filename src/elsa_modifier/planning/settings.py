@@ -52,7 +52,7 @@ class RunSettings:
             batch_size=modifier.batch_size,
             gradient_accumulation_steps=modifier.gradient_accumulation_steps,
             sequence_length=sequence_length,
-            precision=modifier.precision,
+            precision="bf16" if modifier.precision == "auto" else modifier.precision,
             weight_dtype=modifier.weight_dtype,
             state_dtype=modifier.state_dtype,
             optimizer=modifier.optimizer,

@@ -1,4 +1,5 @@
-"""Objectives with a teacher: the dense model, as it was before the run, in bf16.
+"""Objectives with a teacher: the dense model, as it was before the run, in bf16 where
+the processor multiplies it.
 
 The next token is one word; the teacher's distribution over the whole vocabulary says more about each position, and its
 hidden states more still. What that is worth in a short run: docs/results/ablation.md.
@@ -18,17 +19,17 @@ from elsa_modifier.training.data import IGNORED_LABEL
 from elsa_modifier.training.layers import layer_outputs
 from elsa_modifier.training.model_state import trained_dtype
 from elsa_modifier.training.objective import TokenRows, chunk_rows, count_targets, sum_over_tokens, token_rows
+from elsa_modifier.training.precision import teacher_dtype
 
-__all__ = ["TEACHER_DTYPE", "Distillation", "copy_as_teacher"]
-
-TEACHER_DTYPE = torch.bfloat16
+__all__ = ["Distillation", "copy_as_teacher"]
 
 
 def copy_as_teacher(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in evaluation mode that needs no gradients, its matrices in bf16; no fp32 copy exists on the way."""
+    """A copy in evaluation mode that needs no gradients, its matrices in :func:`.teacher_dtype`."""
     copies: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for parameter in model.parameters():
-        to = trained_dtype(parameter, TEACHER_DTYPE) if parameter.is_floating_point() else parameter.dtype
+        held = teacher_dtype(parameter.device)
+        to = trained_dtype(parameter, held) if parameter.is_floating_point() else parameter.dtype
         copies[id(parameter)] = nn.Parameter(parameter.detach().to(to, copy=True), requires_grad=False)
     return copy.deepcopy(model, memo=copies).eval()
 
@@ -104,8 +105,9 @@ class Distillation:
 
 @contextlib.contextmanager
 def _computing_as_teacher(device: torch.device) -> Iterator[None]:
-    # Its matrices are in bf16 whatever the precision of the run is.
-    with torch.no_grad(), torch.autocast(device.type, TEACHER_DTYPE):
+    # Its matrices do not follow the precision of the run.
+    autocast = teacher_dtype(device) == torch.bfloat16
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         yield
 
 

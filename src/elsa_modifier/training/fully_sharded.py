@@ -26,12 +26,12 @@ from elsa_modifier.admm.bitmask import pack_bits
 from elsa_modifier.admm.rounding import Place
 from elsa_modifier.admm.selection import Shards
 from elsa_modifier.admm.state import ADMMState
-from elsa_modifier.training.distillation import TEACHER_DTYPE
 from elsa_modifier.training.layers import decoder_layers
 from elsa_modifier.training.loading import is_placeholder
 from elsa_modifier.training.model_state import embed_in_fp32, trained_dtype
 from elsa_modifier.training.objective import Objective
 from elsa_modifier.training.parallel import Replicated, add_gradients, drawing_alike, gradient_norm, name_number
+from elsa_modifier.training.precision import teacher_dtype
 from elsa_modifier.training.ranks import Ranks
 
 __all__ = ["FullySharded", "sharded_copy"]
@@ -109,7 +109,8 @@ class FullySharded(Replicated):
         return min(self.ranks.rank * -(-rows // self.ranks.count), rows) * (parameter.numel() // rows)
 
     def teacher(self) -> PreTrainedModel:
-        made = sharded_copy(self.original, self.ranks, self._mesh, dtype=TEACHER_DTYPE, autocast=False)
+        dtype = teacher_dtype(self.ranks.device)
+        made = sharded_copy(self.original, self.ranks, self._mesh, dtype=dtype, autocast=False)
         embed_in_fp32(made)
         return made
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
@@ -19,10 +19,10 @@ from elsa_modifier.training.data import BatchSource
 from elsa_modifier.training.gradient_release import releasing_gradients
 from elsa_modifier.training.objective import Objective, count_targets, next_token_loss
 from elsa_modifier.training.parallel import Alone
+from elsa_modifier.training.precision import Precision
 
-__all__ = ["Precision", "StepRecord", "StepWatcher", "TrainingDiverged", "TrainingStopped", "train"]
+__all__ = ["StepRecord", "StepWatcher", "TrainingDiverged", "TrainingStopped", "train"]
 
-Precision = Literal["bf16", "fp32"]
 
 _NOTHING_LEFT = (
     "Nothing has been saved, and there is no continuing: the run has to start again from its beginning. Set "
