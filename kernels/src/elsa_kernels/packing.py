@@ -243,21 +243,31 @@ def _header(
 
 def _pack_csr(stored: Tensor, scales: Tensor | None, values: Values, group_size: int) -> Tensor:
     rows, columns = stored.shape
-    keep = stored != 0
-    kept_values = stored[keep]
-    if values == "int4":
-        codes = torch.nn.functional.pad((kept_values + 8).to(torch.uint8), (0, kept_values.numel() % 2))
-        kept_values = codes[0::2] | (codes[1::2] << 4)
+    # A position takes 16 bytes until it is shortened, so only those of some rows exist at a time.
+    parts_of_rows = stored.split(max(1, CSR_WEIGHTS_AT_ONCE // columns))
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
-    torch.cumsum(keep.sum(1), 0, out=offsets[1:])
+    torch.cumsum(torch.cat([torch.count_nonzero(part, 1) for part in parts_of_rows]), 0, out=offsets[1:])
     kept = int(offsets[-1])
+    kept_values = torch.empty(kept, dtype=stored.dtype)
+    positions = torch.empty(kept, dtype=torch.int32 if columns > 1 << 16 else torch.int16)
+    at = 0
+    for part in parts_of_rows:
+        row, column = part.nonzero(as_tuple=True)
+        end = at + column.numel()
+        kept_values[at:end] = part[row, column]
+        # uint16 tensors lack most operations; int16 of the same bits does not.
+        positions[at:end] = column if columns > 1 << 16 else _int16_bits(column)
+        at = end
+    if values == "int4":
+        codes = torch.nn.functional.pad((kept_values + 8).to(torch.uint8), (0, kept % 2))
+        kept_values = codes[0::2] | (codes[1::2] << 4)
     scale_code = SCALE_CODES[scales.dtype] if scales is not None else 0
     header = _header(Layout.CSR, rows, columns, kept, values, group_size, scale_code)
-    positions = keep.nonzero()[:, 1]
-    # uint16 tensors lack most operations; int16 of the same bits does not.
-    positions = positions.to(torch.int32) if columns > 1 << 16 else _int16_bits(positions)
     parts = {"offsets": offsets.to(torch.int32), "columns": positions, "values": kept_values}
     return header.build(parts if scales is None else parts | {"scales": scales})
+
+
+CSR_WEIGHTS_AT_ONCE = 1 << 20
 
 
 def _int16_bits(positions: Tensor) -> Tensor:

@@ -70,10 +70,14 @@ def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     check(packed)
     h = read_header(packed)
+    if dtype is None:
+        dtype = torch.float32 if h.scales else FLOATS[VALUE_NAMES[h.values]]
+    if (compiled := library.compiled()) is not None and dtype in FLOATS.values():
+        return compiled.unpack(packed, h.rows, h.columns, dtype)
     rows, columns, values = coordinates(packed, h)
     if h.scales:
         values = values.float() * _scales(packed, h)[rows, columns // h.group_size].float()
-    dense = torch.zeros(h.rows, h.columns, dtype=values.dtype if dtype is None else dtype)
+    dense = torch.zeros(h.rows, h.columns, dtype=dtype)
     dense[rows, columns] = values.to(dense.dtype)
     return dense
 
