@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, get_scheduler
 from elsa_modifier.admm import sparse_mask
 from elsa_modifier.training.data import batches_from_calibration
 from elsa_modifier.training.model_state import trainable
+from elsa_modifier.training.precision import multiplies_bf16
 
 __all__ = ["SAFEModifier", "SplitWeight", "sharpness_aware_gradients_"]
 
@@ -183,7 +184,7 @@ class SAFEModifier(Modifier):
 def _runner(layer: nn.Module, extra: tuple[tuple[Any, ...], dict[str, Any]]) -> Run:
     def run(hidden: Tensor) -> Tensor:
         # Entered anew for each call: it keeps what weights were cast to until it is left.
-        with torch.autocast(hidden.device.type, torch.bfloat16):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=multiplies_bf16(hidden.device)):
             found = layer(hidden, *extra[0], **extra[1])
         output: Tensor = found[0] if isinstance(found, tuple) else found
         return output

@@ -19,6 +19,7 @@ from benchmarks.magnitude import linear_sparsity, pruned_linears
 from elsa_modifier.training.data import IGNORED_LABEL, batches_from_calibration
 from elsa_modifier.training.model_state import trainable
 from elsa_modifier.training.objective import count_targets, next_token_loss
+from elsa_modifier.training.precision import multiplies_bf16, teacher_dtype
 
 __all__ = ["TrainingBaseline", "distilled_loss"]
 
@@ -49,8 +50,8 @@ class TrainingBaseline(Modifier):
     :param lr: peak learning rate, falling linearly to 0
     :param objective: ``next_token``, or ``distill``: see :func:`distilled_loss`
     :param weight: of the KL divergence
-    :param teacher: directory of the dense model for ``distill``, held in bf16; None takes the model as it is before the
-        first modifier of the recipe
+    :param teacher: directory of the dense model for ``distill``, held as ELSA's is; None takes the model as it is before
+        the first modifier of the recipe
     :param seed: of the order of the data and of dropout
     """
 
@@ -82,7 +83,7 @@ class TrainingBaseline(Modifier):
             self._teacher = dense.to(get_main_device()).eval()
             # Not buffers: frequencies of rotary positions need fp32.
             for parameter in dense.parameters():
-                parameter.data = parameter.data.bfloat16()
+                parameter.data = parameter.data.to(teacher_dtype(parameter.device))
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -104,7 +105,7 @@ class TrainingBaseline(Modifier):
             self.before_training(weights)
             for step in range(self.steps):
                 [batch] = batches.micro_batches(step)
-                with torch.autocast(device.type, torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
                     loss = self._loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
                 (loss / count_targets(batch["labels"])).backward()
                 self.before_clipping(weights)

@@ -15,6 +15,7 @@ from benchmarks.baselines.masked_finetuning import MaskedFinetuningModifier
 from benchmarks.baselines.training import distilled_loss
 from benchmarks.magnitude import prune_by_magnitude_, pruned_linears
 from elsa_modifier.training.data import IGNORED_LABEL
+from elsa_modifier.training.precision import teacher_dtype
 
 RUN = dict(steps=4, batch_size=2, sequence_length=16, lr=0.01)
 PACKING = dict(max_seq_length=16, concatenate_data=True, num_calibration_samples=8)
@@ -141,7 +142,7 @@ def test_the_teacher_is_the_dense_model(recipe, load, checkpoint, texts, pruned,
     assert len(teachers) == 4 and len(set(map(id, teachers))) == 1
     dense = dict(load().named_parameters())
     for name, parameter in teachers[0].named_parameters():
-        assert torch.equal(parameter, dense[name].bfloat16()), name
+        assert torch.equal(parameter, dense[name].to(teacher_dtype(parameter.device))), name
     assert not teachers[0].training
     assert all(buffer.dtype == torch.float32 for buffer in teachers[0].buffers())
     assert modifier._teacher is None
