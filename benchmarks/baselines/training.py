@@ -50,8 +50,8 @@ class TrainingBaseline(Modifier):
     :param lr: peak learning rate, falling linearly to 0
     :param objective: ``next_token``, or ``distill``: see :func:`distilled_loss`
     :param weight: of the KL divergence
-    :param teacher: directory of the dense model for ``distill``, held as ELSA's is; None takes the model as it is before
-        the first modifier of the recipe
+    :param teacher: directory of the dense model for ``distill``, held as ELSA's is; None takes the model as it is
+        before the first modifier of the recipe
     :param seed: of the order of the data and of dropout
     """
 
