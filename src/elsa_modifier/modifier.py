@@ -323,7 +323,7 @@ class ELSAModifier(Modifier):
             message += f"; {len(self._unreached)} targets without a gradient are as they were"
         if lost:
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
-        else:
+        elif is_first_process():
             logger.info(message)
         extend_save_pretrained(
             state.model,

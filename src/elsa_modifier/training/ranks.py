@@ -106,7 +106,8 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
                 logger.disable("elsa_modifier")
             yield ranks
     finally:
-        logger.enable("elsa_modifier")
+        if not ranks.is_first:
+            logger.enable("elsa_modifier")
     # Not after a failure, when those who should agree to it may be gone.
     dist.barrier(group=ranks.group)
     if started:
