@@ -30,7 +30,7 @@ _runs = 0
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed first, for the reason that is given."""
+    """Another rank failed first, for the reason that is given, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -178,4 +178,14 @@ def _telling_failures(ranks: Ranks) -> Iterator[None]:
             first = store.compare_set(_FAILURE, "", first).decode()
         if not first.startswith(own) and first.partition(": ")[2] != f"{type(error).__name__}: {error}":
             raise RankFailed(f"another rank failed, and with it the run: {first}") from error
+        if _is_lost_connection(error):
+            raise RankFailed(
+                "another process of this run is gone without a word, as after kill -9 or when memory runs out; what "
+                f"started the processes says which one ({error})"
+            ) from error
         raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    # gloo's errors are of no class of their own.
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo/transport" in str(error)
