@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from elsa_cli.main import app
+from elsa_modifier.evaluation import perplexity
+from elsa_modifier.pruning.command import _measured
 from elsa_modifier.pruning.texts import documents, read_texts
 from elsa_modifier.resuming.checkpoints import TrainingCheckpoints
 from tests.resuming.conftest import Killed
@@ -74,6 +76,17 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], first[name]) for name in first)
     again = json.loads(command("--json", "--resume", "never").stdout)
     assert again["perplexity_after"] == whole["perplexity_after"]
+
+
+def test_a_model_in_bf16_is_measured_in_fp32_and_stays(load):
+    """Not by its own arithmetic, which is slow on most CPUs."""
+    model = load(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(2, 66).view(4, 16)
+    found = _measured(model, ids, "Perplexity")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
+    assert found == perplexity(load(dtype=torch.bfloat16).float(), ids, precision="fp32")
 
 
 def test_no_checkpoints(command, tmp_path):

@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def run(
     length = _length(elsa, dense)
     tokens = length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
     texts = read_texts(data, tokenizer, length=length, tokens=tokens)
-    before = _measured(dense, texts.held_out) if first else None
+    before = _measured(dense, texts.held_out, "Perplexity before") if first else None
     try:
         pruned = oneshot(
             model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
@@ -126,7 +127,7 @@ def run(
     return Summary(
         sparsity=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         perplexity_before=before,
-        perplexity_after=_measured(pruned, texts.held_out),
+        perplexity_after=_measured(pruned, texts.held_out, "Perplexity after"),
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
@@ -164,14 +165,31 @@ def _length(modifier: ELSAModifier, model: PreTrainedModel) -> int:
     return min(modifier.sequence_length, limit or modifier.sequence_length)
 
 
-def _measured(model: PreTrainedModel, held_out: Tensor | None) -> float | None:
+def _measured(model: PreTrainedModel, held_out: Tensor | None, title: str) -> float | None:
     """Perplexity on the accelerator, if there is one."""
     if held_out is None:
         return None
     remove_dispatch(model)
-    place = next(model.parameters()).device
-    model.to(get_main_device())
+    place, device = next(model.parameters()).device, get_main_device()
+    if device.type == "cpu":
+        # Many CPUs take several times as long for bf16.
+        with _in_fp32(model):
+            return perplexity(model, held_out, precision="fp32", title=title)
+    model.to(device)
     try:
-        return perplexity(model, held_out)
+        return perplexity(model, held_out, title=title)
     finally:
         model.to(place)
+
+
+@contextmanager
+def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters in fp32 within the context; bit for bit as they were afterwards."""
+    narrow = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)
