@@ -89,7 +89,7 @@ def main() -> None:
         "",
         f"`python -m benchmarks.checkpoint_time`: Llamas of random weights, fp32 Adam, {os.cpu_count()} CPU cores, a "
         f"checkpoint after each of {STEPS} steps; medians. Waited: how long the run stands still for one. Seconds of "
-        "the processor, its checksums and copies, are in brackets; the rest is the disk, and what else the machine does.",
+        "the processor, for checksums and copies, are in brackets; the rest is the disk's, or that of other processes.",
         "",
         "| parameters | MB | written | s waited | s to read and verify |",
         "|---" * 5 + "|",

@@ -7,6 +7,7 @@ joined by gloo, are forks of it, so that none has to import everything anew.
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -149,11 +150,17 @@ def kill_a_rank(directory: Path, seed: int, references: dict[int, tuple[str, flo
     fields = list(VARIANTS.values())[number][1]
     expected, seconds = references[number]
     kills, ends, resumed_from = Counter[str](), list[dict[str, Any]](), list[int]()
-    for _ in range(drawn.randint(1, 2)):
+    wanted = drawn.randint(1, 2)
+    while len(ends) < wanted:
         resumed_from.append(last_step(directory / f"{out}-training"))
         found = _killed(directory, number, out, fields, ranks, drawn, seconds, in_writing=bool((seed + len(ends)) % 2))
-        if found is None:
+        if found is None and ends:
             break
+        if found is None:
+            # Over before it was killed at all.
+            shutil.rmtree(directory / f"{out}-training")
+            resumed_from.clear()
+            continue
         kills[found.pop("moment")] += 1
         ends.append(found)
     resumed_from.append(last_step(directory / f"{out}-training"))

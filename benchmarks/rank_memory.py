@@ -30,7 +30,7 @@ from elsa_modifier.training.loading import load_for_ranks
 from elsa_modifier.training.ranks import is_first_process
 
 COUNTS = (1, 2, 4)
-FIELDS: dict[str, Any] = dict(sparsity=0.8, steps=2, batch_size=4, sequence_length=32, interval=1, lr=1e-5)
+FIELDS: dict[str, Any] = dict(sparsity=0.8, steps=2, batch_size=4, sequence_length=8, interval=1, lr=1e-5)
 RECIPES: dict[str, dict[str, Any]] = {
     "fp32, Adam, teacher": {"precision": "fp32"},
     "ELSA-L (bf16, adam8bit_sr), teacher": {
