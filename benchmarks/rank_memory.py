@@ -74,6 +74,7 @@ def _model(directory: Path) -> PreTrainedModel:
         return load_for_ranks(directory)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(directory))
+    model.config._name_or_path = str(directory)
     return model
 
 
