@@ -23,6 +23,7 @@ from elsa_modifier.training.data import PackedBatches
 from elsa_modifier.training.loop import train
 from elsa_modifier.training.model_state import trainable
 from elsa_modifier.training.parallel import Alone
+from elsa_modifier.training.run import build_optimizer
 
 STEPS = 2
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -120,7 +121,7 @@ def _run(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
         dtype=torch.bfloat16 if modifier.weight_dtype == "bf16" else torch.float32,
         activation_checkpointing=modifier.activation_checkpointing,
     ):
-        optimizer = modifier._build_optimizer(Alone(model), modifier._find_targets(model))
+        optimizer = build_optimizer(modifier, Alone(model), modifier._find_targets(model))
         scheduler = get_scheduler("linear", optimizer.base, num_warmup_steps=0, num_training_steps=STEPS)
         train(
             model,

@@ -87,6 +87,11 @@ def train_dense(directory: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(directory)
+    save_tokenizer(directory)
+
+
+def save_tokenizer(directory: Path) -> None:
+    """One token a word, of which there are WORDS."""
     vocabulary = {"<eos>": 0, "<unk>": WORDS} | {f"w{i}": i for i in range(1, WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

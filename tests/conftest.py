@@ -21,6 +21,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from elsa_modifier.training import run
+
 WORDS = ["<eos>", "<unk>"] + [f"w{i}" for i in range(94)]
 _COMMON = dict(vocab_size=96, bos_token_id=0, eos_token_id=0, pad_token_id=0, max_position_embeddings=64)
 _LLAMA = dict(
@@ -101,6 +103,23 @@ def texts():
         first = int(torch.randint(0, 94, (1,), generator=generator))
         rows.append(" ".join(f"w{(first + 7 * i) % 94}" for i in range(length)))
     return Dataset.from_dict({"text": rows})
+
+
+@pytest.fixture
+def before_first_step(monkeypatch):
+    """Function that has another called in every run with what is trained, the targets and the optimizer."""
+
+    def before_first_step(watch):
+        inner = run.build_optimizer
+
+        def build_optimizer(recipe, spread, targets):
+            optimizer = inner(recipe, spread, targets)
+            watch(spread, targets, optimizer)
+            return optimizer
+
+        monkeypatch.setattr(run, "build_optimizer", build_optimizer)
+
+    return before_first_step
 
 
 @pytest.fixture(autouse=True)

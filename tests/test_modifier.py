@@ -59,21 +59,20 @@ def test_every_linear_but_the_head_is_pruned(name, load, tokens):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_experts_are_trained_through_real_routing(name, load, texts):
+def test_experts_are_trained_through_real_routing(name, load, texts, before_first_step):
     model = load(name)
     calls = []
+    tokens = QUICK["batch_size"] * QUICK["sequence_length"]
 
-    class Counting(ELSAModifier):
-        def _build_optimizer(self, model, targets):
-            experts = [t for t in targets if ".experts." in t.name]
-            assert len(experts) == 2 * 4 * 3
-            tokens = self.batch_size * self.sequence_length
-            for target in experts:
-                if target.name.endswith("down_proj"):
-                    target.module.register_forward_pre_hook(lambda m, a: calls.append(a[0].shape[0] / tokens))
-            return super()._build_optimizer(model, targets)
+    def count(run, targets, optimizer):
+        experts = [t for t in targets if ".experts." in t.name]
+        assert len(experts) == 2 * 4 * 3
+        for target in experts:
+            if target.name.endswith("down_proj"):
+                target.module.register_forward_pre_hook(lambda m, a: calls.append(a[0].shape[0] / tokens))
 
-    model = oneshot(model=model, dataset=texts, recipe=[Counting(sparsity=0.5, **QUICK)])
+    before_first_step(count)
+    model = oneshot(model=model, dataset=texts, recipe=[ELSAModifier(sparsity=0.5, **QUICK)])
     # Two of four experts a token: half of the tokens on average, where calibration of all experts would send them all.
     assert sum(calls) / len(calls) == pytest.approx(0.5)
     assert_pruned(model, 0.5)
@@ -290,22 +289,20 @@ def test_releasing_gradients_changes_no_bit(name, form, load, tokens):
         assert torch.equal(checkpointed[key], value), key
 
 
-def test_released_gradients_are_not_alive_together(load, texts):
+def test_released_gradients_are_not_alive_together(load, texts, before_first_step):
     alive = []
 
-    class Watching(ELSAModifier):
-        def _build_optimizer(self, run, targets):
-            optimizer = super()._build_optimizer(run, targets)
-            step = optimizer.step_parameter
+    def watch(run, targets, optimizer):
+        step = optimizer.step_parameter
 
-            def watched(parameter):
-                alive.append(sum(p.grad is not None for p in run.parameters))
-                step(parameter)
+        def watched(parameter):
+            alive.append(sum(p.grad is not None for p in run.parameters))
+            step(parameter)
 
-            optimizer.step_parameter = watched
-            return optimizer
+        optimizer.step_parameter = watched
 
-    modifier = Watching(**QUICK, sparsity=0.9, gradient_release=True, max_grad_norm=None)
+    before_first_step(watch)
+    modifier = ELSAModifier(**QUICK, sparsity=0.9, gradient_release=True, max_grad_norm=None)
     oneshot(model=load(), dataset=texts, recipe=[modifier])
     assert len(alive) >= 10 * 20 and max(alive) <= 3
     assert all(record.grad_norm > 0 for record in modifier.history)
@@ -323,23 +320,21 @@ def test_a_model_keeps_its_checkpointing(load, texts):
     assert not model.is_gradient_checkpointing and model.dtype == torch.float32
 
 
-def test_masked_training_follows_the_mask(load, texts):
+def test_masked_training_follows_the_mask(load, texts, before_first_step):
     supports = []
 
-    class Watching(ELSAModifier):
-        def _build_optimizer(self, model, targets):
-            optimizer = super()._build_optimizer(model, targets)
-            step = optimizer.step
+    def watch(run, targets, optimizer):
+        step = optimizer.step
 
-            def watched():
-                step()
-                if optimizer.frozen:
-                    supports.append({t.name: (t.module.weight != 0).clone() for t in targets})
+        def watched():
+            step()
+            if optimizer.frozen:
+                supports.append({t.name: (t.module.weight != 0).clone() for t in targets})
 
-            optimizer.step = watched
-            return optimizer
+        optimizer.step = watched
 
-    modifier = Watching(**QUICK, sparsity=0.9, finalize=0.5)
+    before_first_step(watch)
+    modifier = ELSAModifier(**QUICK, sparsity=0.9, finalize=0.5)
     oneshot(model=load(), dataset=texts, recipe=[modifier])
     assert len(supports) == 6  # the step that fixes the mask, and five after it
     for support in supports:

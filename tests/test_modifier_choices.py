@@ -8,9 +8,9 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 
 from elsa_modifier import ELSAModifier
-from elsa_modifier.modifier import _first_token
 from elsa_modifier.targets import find_targets, fractions_of
 from elsa_modifier.training.learning_rate import default_learning_rate
+from elsa_modifier.training.run import _default_learning_rate, _first_token
 from tests.test_modifier import linears
 
 QUICK = dict(sparsity=0.5, steps=4, batch_size=2, sequence_length=16, precision="fp32")
@@ -34,7 +34,7 @@ def test_a_model_without_a_width_has_that_of_its_first_target():
         SimpleNamespace(weight=torch.zeros(10, 128), size=1280, keep=128),
         SimpleNamespace(weight=torch.zeros(8, 64), size=512, keep=51),
     ]
-    found = ELSAModifier(**QUICK)._default_learning_rate(SimpleNamespace(config=config), weights)
+    found = _default_learning_rate(4, SimpleNamespace(config=config), weights)
     assert found == default_learning_rate(steps=4, width=128, sparsity=1 - 179 / (1280 + 512))
 
 

@@ -10,7 +10,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
-import elsa_modifier.modifier
+import elsa_modifier.training.run
 from elsa_modifier import ELSAModifier, load_sparse
 from elsa_modifier.saving import extend_save_pretrained
 from tests.sparse.strategies import same_bits
@@ -41,7 +41,7 @@ def no_training(monkeypatch):
     def train(*arguments, **options):
         raise AssertionError("a step was taken")
 
-    monkeypatch.setattr(elsa_modifier.modifier, "train", train)
+    monkeypatch.setattr(elsa_modifier.training.run, "train", train)
 
 
 def _a_file(place):
@@ -102,13 +102,13 @@ def _rescued(message):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_disk_that_fills_while_training_costs_nothing(form, quantized, run, mounted, tmp_path, monkeypatch):
     """The weights are in the working directory, and load; without it, in the directory for temporary files."""
-    train = elsa_modifier.modifier.train
+    train = elsa_modifier.training.run.train
 
     def train_and_fill(model, *arguments, **options):
         train(model, *arguments, **options)
         fill(mounted, 20_000)
 
-    monkeypatch.setattr(elsa_modifier.modifier, "train", train_and_fill)
+    monkeypatch.setattr(elsa_modifier.training.run, "train", train_and_fill)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}

@@ -49,12 +49,17 @@ def prune(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Prune a model with a recipe. Run the same command again, and it goes on where it was stopped."""
+    """Prune a model with a recipe. Run the same command again, and it goes on where it was stopped.
+
+    On several GPUs, or processes of a CPU: torchrun --nproc-per-node 8 -m elsa_cli prune ...
+    """
     # llm-compressor logs to stdout, where the summary is to be alone.
     with errors_in_words(), redirect_stdout(sys.stderr):
         from elsa_modifier.pruning.command import run
 
         summary = run(model, recipe, data, out, resume=resume, checkpoint_minutes=checkpoint_minutes, track=track or ())
+    if summary is None:
+        return
     if as_json:
         print(json.dumps(asdict(summary), indent=1))
     else:
@@ -73,6 +78,8 @@ def _print(summary: "Summary") -> None:
     memory = f"{megabytes(summary.memory)} MB"
     if summary.device_memory is not None:
         memory += f"; on the accelerator {megabytes(summary.device_memory)} MB"
+    if summary.processes > 1:
+        memory += f", in the first of {summary.processes} processes"
     table.add_row("most memory", memory)
     for name, place in (
         ("model", summary.model),

@@ -1,23 +1,18 @@
 """ELSAModifier: recipe fields, their validation, the lifecycle. The method is in ``admm``, the run in ``training``."""
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from elsa_modifier.admm.bitmask import unpack_bits
-from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
-from elsa_modifier.admm.optimizer import ADMMOptimizer, Projection
-from elsa_modifier.admm.penalty import PenaltySchedule
+from elsa_modifier.admm.optimizer import Projection
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
@@ -38,34 +33,21 @@ from elsa_modifier.preflight import (
     refuse_unmatched,
 )
 from elsa_modifier.quantization.modifier import keep_zeros, release
-from elsa_modifier.resuming.checkpoints import Run
-from elsa_modifier.resuming.fingerprint import model_fingerprint, recipe_fingerprint
 from elsa_modifier.resuming.session import Checkpointing, checkpointing_of
 from elsa_modifier.saved_keys import experts_to_fuse
 from elsa_modifier.saving import check_output_directory, extend_save_pretrained, output_directory
 from elsa_modifier.targets import Target, find_targets
-from elsa_modifier.training.base_optimizer import (
-    LOW_BIT_OPTIMIZERS,
-    OptimizerName,
-    build_base_optimizer,
-    check_optimizer,
-)
-from elsa_modifier.training.causality import refuse_encoder_decoder, refuse_without_causal_loss
-from elsa_modifier.training.data import ResumableSource, batches_from_calibration
-from elsa_modifier.training.learning_rate import default_learning_rate
-from elsa_modifier.training.loop import StepRecord, StepWatcher, train
-from elsa_modifier.training.model_state import WEIGHT_DTYPES
-from elsa_modifier.training.parallel import Alone, ParallelName, forked_generators
-from elsa_modifier.training.precision import PrecisionField, precision_on
-from elsa_modifier.training.ranks import Ranks, is_first_process, launched_ranks, ranks_of_this_run
-from elsa_modifier.training.spreading import spread
-from elsa_modifier.unreached import warn_of_unreached
+from elsa_modifier.training.base_optimizer import LOW_BIT_OPTIMIZERS, OptimizerName, check_optimizer
+from elsa_modifier.training.causality import refuse_encoder_decoder
+from elsa_modifier.training.loop import StepRecord
+from elsa_modifier.training.parallel import ParallelName
+from elsa_modifier.training.precision import PrecisionField
+from elsa_modifier.training.ranks import is_first_process, launched_ranks, ranks_of_this_run
+from elsa_modifier.training.run import run_recipe
 from elsa_modifier.zeros import put_zeros_back
 from elsa_sparse.entry import Encoding
 
 __all__ = ["ELSAModifier"]
-
-_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class ELSAModifier(Modifier):
@@ -314,75 +296,17 @@ class ELSAModifier(Modifier):
         # A pipeline for all modifiers instead of one for each trains at its start, before any other has done its work.
         check_recipe(sorted(active_session().lifecycle.recipe.modifiers, key=lambda m: not trains(m)), model)
         with ranks_of_this_run() as ranks:
-            self._run(model, self._calibration_loader(state), ranks)
-        keep_zeros(self._later)
-
-    def _run(self, model: PreTrainedModel, loader: Any, ranks: Ranks | None) -> None:
-        device = get_main_device() if ranks is None else ranks.device
-        precision = precision_on(device, self.precision, weights=WEIGHT_DTYPES[self.weight_dtype])
-        if precision != self.precision:
-            logger.info(f"precision is 'auto': computing in {precision} on this {device.type.upper()}.")
-        batches = batches_from_calibration(
-            loader,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            accumulation=self.gradient_accumulation_steps,
-            length=self._usable_sequence_length(model),
-            separator=_first_token(model.config.get_text_config().eos_token_id),
-            seed=self.seed,
-        )
-        with (
-            forked_generators(device),
-            spread(
+            masks = run_recipe(
+                self,
                 model,
-                device,
+                self._calibration_loader(state),
                 ranks,
-                parallel=self.parallel,
-                seed=self.seed,
-                autocast=precision == "bf16",
-                dtype=WEIGHT_DTYPES[self.weight_dtype],
-                activation_checkpointing=self.activation_checkpointing,
                 frozen=self._frozen,
-            ) as run,
-        ):
-            model = run.model
-            refuse_without_causal_loss(model, autocast=precision == "bf16")
-            torch.manual_seed(self.seed)
-            run.begin()
-            targets = self._find_targets(model)
-            optimizer = self._build_optimizer(run, targets)
-            scheduler = get_scheduler(
-                _SCHEDULERS[self.lr_schedule],
-                optimizer.base,
-                num_warmup_steps=self.warmup_steps,
-                num_training_steps=self.steps,
+                checkpointing=self._checkpointing,
+                history=self._history,
             )
-            # A teacher is the model as it is now, before the weights of a training checkpoint come.
-            objective = run.objective(self.objective.of(model, run.teacher))
-            with self._watching(run, optimizer, scheduler, batches) as watcher:
-                train(
-                    model,
-                    optimizer,
-                    scheduler,
-                    run.batches(batches),
-                    objective=objective,
-                    steps=self.steps,
-                    max_grad_norm=self.max_grad_norm,
-                    precision=precision,
-                    device=device,
-                    history=self._history,
-                    gradient_release=self.gradient_release,
-                    parallel=run,
-                    watcher=watcher,
-                )
-            warn_of_unreached(optimizer.unreached, targets=len(targets), pruned=self.prune_unreached)
-            self._unreached = [] if self.prune_unreached else optimizer.unreached
-            for target, pair in zip(targets, optimizer.states, strict=True):
-                if target.name in self._unreached:
-                    continue
-                self._masks[target.name] = (run.whole_bits(pair, target.weight).cpu(), target.weight.shape)
-                # Training leaves -0.0 in places; a pruned weight is +0.0.
-                run.local(target.weight).data.masked_fill_(~pair.mask, 0.0)
+        self._masks, self._unreached = masks.kept, masks.unreached
+        keep_zeros(self._later)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put back every zero that a later modifier lost, and have the history saved with the model.
@@ -401,7 +325,7 @@ class ELSAModifier(Modifier):
             message += f"; {len(self._unreached)} targets without a gradient are as they were"
         if lost:
             logger.warning(f"{message}. A later modifier had brought {lost:,} back.")
-        else:
+        elif is_first_process():
             logger.info(message)
         extend_save_pretrained(
             state.model,
@@ -411,18 +335,6 @@ class ELSAModifier(Modifier):
             first=is_first_process(),
         )
         return True
-
-    def _watching(
-        self, spread_run: Alone, optimizer: ADMMOptimizer, scheduler: LambdaLR, batches: ResumableSource
-    ) -> AbstractContextManager[StepWatcher | None]:
-        """What makes training checkpoints within the context, if the recipe asks for some; goes on from one first."""
-        if self._checkpointing is None or not self._checkpointing.in_use:
-            return nullcontext()
-        recipe = recipe_fingerprint(self.model_dump())
-        model = spread_run.model
-        identity = {"model": model_fingerprint(model), "recipe": recipe, "data": batches.fingerprint()}
-        run = Run(model, optimizer, scheduler, batches, self._history, identity, self.steps, local=spread_run.local)
-        return self._checkpointing.watching(run, recipe)
 
     def _find_targets(self, model: PreTrainedModel) -> list[Target]:
         structure = parse_mask_structure(self.mask_structure)
@@ -437,53 +349,6 @@ class ELSAModifier(Modifier):
             return Budget(cap=max(0.99, self.sparsity))
         return None
 
-    def _build_optimizer(self, run: Alone, targets: list[Target]) -> ADMMOptimizer:
-        structure = parse_mask_structure(self.mask_structure)
-        weights = [
-            PrunedWeight(t.name, run.local(t.weight), t.keep, structure, entries=t.weight.numel()) for t in targets
-        ]
-        base = build_base_optimizer(
-            self.optimizer,
-            run.parameters,
-            lr=self.lr or self._default_learning_rate(run.model, weights),
-            betas=(self.betas[0], self.betas[1]),
-            seed=self.seed,
-            places=run.places(),
-        )
-        freeze_step = round(self.finalize_at * self.steps)
-        return ADMMOptimizer(
-            base,
-            weights,
-            penalty=PenaltySchedule(self.penalty.value, self.penalty.schedule, freeze_step),
-            form=self.penalty.form,
-            dual=self.penalty.dual,
-            interval=self.interval or min(32, max(1, freeze_step // 25)),
-            projection=self.projection,
-            sparsity_schedule=SparsitySchedule(
-                self.sparsity_schedule.name, round(self.sparsity_schedule.end * self.steps)
-            ),
-            budget=budget.among(targets) if (budget := self._budget()) else None,
-            freeze_step=freeze_step,
-            state_dtype=self.state_dtype,
-            prune_unreached=self.prune_unreached,
-            shards=run.shards,
-        )
-
-    def _default_learning_rate(self, model: PreTrainedModel, weights: list[PrunedWeight]) -> float:
-        width = getattr(model.config.get_text_config(), "hidden_size", None) or weights[0].weight.shape[1]
-        kept = sum(w.keep for w in weights) / sum(w.size for w in weights)
-        rate = default_learning_rate(steps=self.steps, width=width, sparsity=1 - kept)
-        logger.info(
-            f"lr is not set: using {rate:.2g}, for {self.steps} steps at width {width} and {1 - kept:.0%} sparsity."
-        )
-        return rate
-
-    def _usable_sequence_length(self, model: PreTrainedModel) -> int:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.sequence_length
-        if self.sequence_length > limit:
-            logger.info(f"sequence_length {self.sequence_length} is more than the model's positions; using {limit}.")
-        return min(self.sequence_length, limit)
-
     @staticmethod
     def _calibration_loader(state: State) -> Any:
         return None if state.data is None else state.data.calib
@@ -494,7 +359,3 @@ class ELSAModifier(Modifier):
             {"modifier": recipe, "unreached": self._unreached, "steps": [record.as_dict() for record in self._history]},
             indent=1,
         )
-
-
-def _first_token(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from elsa_cli.main import app
+from elsa_modifier.evaluation import perplexity
+from elsa_modifier.pruning.command import _measured
 from elsa_modifier.pruning.texts import documents, read_texts
 from elsa_modifier.resuming.checkpoints import TrainingCheckpoints
 from tests.resuming.conftest import Killed
@@ -76,6 +78,17 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch):
     assert again["perplexity_after"] == whole["perplexity_after"]
 
 
+def test_a_model_in_bf16_is_measured_in_fp32_and_stays(load):
+    """Not by its own arithmetic, which is slow on most CPUs."""
+    model = load(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(2, 66).view(4, 16)
+    found = _measured(model, ids, "Perplexity")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
+    assert found == perplexity(load(dtype=torch.bfloat16).float(), ids, precision="fp32")
+
+
 def test_no_checkpoints(command, tmp_path):
     assert json.loads(command("--json", "--checkpoint-minutes", "0").stdout)["checkpoints"] is None
     assert not (tmp_path / "out-training").exists()
@@ -104,7 +117,7 @@ def test_what_is_held_out_is_not_trained_on(tokenizer, tmp_path):
     assert ids == tokenizer(" ".join(words))["input_ids"]
     # No more is read than the run uses, and what is measured on.
     short = read_texts(str(tmp_path / "book.txt"), tokenizer, length=16, tokens=16 * 10)
-    assert len(short.training) + len(short.held_out) == 42
+    assert (len(short.training), len(short.held_out)) == (10, 32)
 
 
 def test_documents(tmp_path):

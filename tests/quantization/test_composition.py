@@ -297,7 +297,7 @@ def test_gptq_of_the_next_run_is_llm_compressor_s(where, run, pruned_checkpoint,
         if where == "refused":
             recipe.append(quantize(QuantizationModifier))
         elif where == "training":
-            patch.setattr("elsa_modifier.modifier.train", fail)
+            patch.setattr("elsa_modifier.training.run.train", fail)
         elif where == "calibration":
             patch.setattr(GPTQModifier, "calibrate_module", fail)
         else:

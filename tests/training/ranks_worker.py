@@ -3,7 +3,10 @@
 ``python -m torch.distributed.run --nproc-per-node 2 -m tests.training.ranks_worker <checkpoints> <results> <case>...``
 """
 
+import errno
+import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,8 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from elsa_modifier import ELSAModifier
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.evaluation import perplexity
+from elsa_modifier.resuming import storage
+from elsa_modifier.resuming.manifest import CheckpointDamaged
 from elsa_modifier.training import chunks, objective
 from elsa_modifier.training.loading import load_for_ranks
+from elsa_modifier.training.loop import TrainingDiverged
 from tests.conftest import CONFIGS, make_tokenizer
 
 # 6 rows on 4 ranks leave one empty, 50 are uneven, and 24 is no multiple of any block.
@@ -84,9 +90,54 @@ CASES = {
     "goes on from 1": dict(_model="llama", resume="{directory}/stopped-1/step-00000004"),
     "goes on from 2": dict(_model="llama", resume="{directory}/stopped-2/step-00000004"),
     "elsa-l goes on from 2": dict(_model="llama", **ELSA_L, resume="{directory}/stopped elsa-l-2/step-00000004"),
+    "told to stop": dict(_model="llama", _signal=1, _raises=SystemExit, **STOPPED),
+    "goes on after the signal": dict(
+        _model="llama", **(STOPPED | dict(checkpoint_dir="{directory}/told to stop-{count}"))
+    ),
+    "disk full": dict(_model="llama", _full=1, **STOPPED),
+    "damaged": dict(
+        _model="llama", _harm=True, _raises=CheckpointDamaged, resume="{directory}/stopped-2/step-00000008"
+    ),
+    "diverges": dict(_model="llama", _raises=TrainingDiverged, **(STOPPED | dict(lr=1e25, max_grad_norm=None))),
     "fails": dict(_model="llama", _fails=1, **OWN),
     "torchao": dict(_model="llama", **(ELSA_L | dict(optimizer="adamfp8"))),
 }
+
+
+def at_step(number, rank):
+    """Do to one rank what a case says, in the middle of a step, from 0."""
+    for case, action in (("_fails", lose_disk), ("_signal", terminate)):
+        if number == 2 and str(rank.get(case)) == os.environ.get("RANK"):
+            action()
+
+
+def lose_disk():
+    raise OSError("rank 1 has lost its disk")
+
+
+def terminate():
+    # Twice, as by a scheduler that tells all processes and a launcher that passes it on.
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_disk_after(checkpoints):
+    """Let this process write so many training checkpoints; to those that follow there is no space left."""
+    inner, count = storage._write_safetensors, itertools.count()
+
+    def write(*args):
+        if next(count) >= checkpoints:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return inner(*args)
+
+    storage._write_safetensors = write
+
+
+def harm(checkpoint):
+    file = Path(checkpoint) / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def save_models(directory):
@@ -157,15 +208,18 @@ def run(name, directory, **others):
     step, summing = ADMMOptimizer.step, chunks.sum_in_chunks
 
     def counted(self):
-        if self.step_count == 2 and str(special.get("_fails")) == os.environ.get("RANK"):
-            raise OSError("rank 1 has lost its disk")
+        at_step(self.step_count, special)
         with Counting() as counting:
             step(self)
         sent.append(counting.sent)
 
     if "_group" in special and "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-    used = []
+    if "_harm" in special and os.environ["RANK"] == "0":
+        harm(fields["resume"])
+    used, writing = [], storage._write_safetensors
+    if str(special.get("_full")) == os.environ.get("RANK"):
+        fill_disk_after(1)
     before = objective.CHUNK_BYTES
     try:
         ADMMOptimizer.step = counted
@@ -180,8 +234,11 @@ def run(name, directory, **others):
             output_dir=out,
             num_calibration_samples=8,
         )
+    except special.get("_raises", ()) as error:
+        return {"raised": f"{type(error).__name__}: {error}", "weights": {}}
     finally:
         ADMMOptimizer.step, objective.CHUNK_BYTES, objective.sum_in_chunks = step, before, summing
+        storage._write_safetensors = writing
     if "_group" in special and "RANK" in os.environ:
         assert torch.distributed.is_initialized()
         torch.distributed.destroy_process_group()
@@ -209,7 +266,8 @@ def main():
         torch.save(found, results)
     else:
         # Every rank has the whole model back, unless it was loaded for the first alone.
-        torch.save({name: of["weights"] for name, of in found.items()}, f"{results}.{os.environ['RANK']}")
+        own = {name: of.get("raised", of["weights"]) for name, of in found.items()}
+        torch.save(own, f"{results}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":

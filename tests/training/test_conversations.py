@@ -30,7 +30,7 @@ def packed(monkeypatch, model, tokenizer, dataset):
     """What is trained on, as text."""
     seen = []
     monkeypatch.setattr(
-        "elsa_modifier.modifier.batches_from_calibration",
+        "elsa_modifier.training.run.batches_from_calibration",
         lambda loader, **options: seen.append(loader.dataset) or data.batches_from_calibration(loader, **options),
     )
     modifier = ELSAModifier(sparsity=0.5, steps=1, batch_size=1, sequence_length=8, lr=1e-3)

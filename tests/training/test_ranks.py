@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from elsa_modifier.training.ranks import RankFailed, Ranks, _telling_failures
 from tests.training.ranks_worker import run, save_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +188,14 @@ def test_a_rank_that_fails_ends_the_run(directory):
     assert "OSError: rank 1 has lost its disk" in done.stderr
     # The other one, waiting for it, says why it goes.
     assert "another rank failed, and with it the run: rank 1: OSError: rank 1 has lost its disk" in done.stderr
+
+
+def test_a_rank_that_is_gone_left_no_word(monkeypatch):
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    closed = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4242")
+    ranks = Ranks(0, 2, torch.device("cpu"), None)
+    with pytest.raises(RankFailed, match=r"gone without a word.*Connection closed by peer"), _telling_failures(ranks):
+        raise closed
+    with pytest.raises(RuntimeError, match=r"^mine$") as own, _telling_failures(ranks):
+        raise RuntimeError("mine")
+    assert type(own.value) is RuntimeError

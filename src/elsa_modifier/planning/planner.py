@@ -10,6 +10,7 @@ from elsa_modifier.planning.activations import MicroBatchPeak, fake_model, trace
 from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, projection_temporaries
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.training.layers import decoder_layers
+from elsa_modifier.training.run import usable_sequence_length
 
 __all__ = ["Plan", "Planner"]
 
@@ -95,7 +96,9 @@ class Planner:
         :raises ValueError: if the modifier cannot prune this model
         :raises RuntimeError: if the model's code cannot be run without data
         """
-        settings = RunSettings.of(modifier, sequence_length=modifier._usable_sequence_length(self._model))
+        settings = RunSettings.of(
+            modifier, sequence_length=usable_sequence_length(modifier.sequence_length, self._model)
+        )
         shape = self._shape(modifier)
         return Plan(
             settings=settings,

@@ -2,18 +2,22 @@
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from compressed_tensors.offload import remove_dispatch
+from datasets import disable_progress_bars as disable_datasets_bars
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
+from loguru import logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from elsa_modifier.evaluation import perplexity
 from elsa_modifier.fields import CheckpointEvery
@@ -24,7 +28,9 @@ from elsa_modifier.pruning.texts import read_texts
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
 from elsa_modifier.tracking import METRICS_FILE
+from elsa_modifier.training.loading import load_for_ranks
 from elsa_modifier.training.loop import TrainingDiverged
+from elsa_modifier.training.ranks import RankFailed, is_first_process, launched_ranks
 
 __all__ = ["Summary", "run"]
 
@@ -38,7 +44,9 @@ class Summary:
     :param held_out_tokens: that it was measured on
     :param seconds: of this process, from loading to saving
     :param training_seconds: of all steps, in this process and those before it
-    :param memory: most that was held, bytes of main memory; ``device_memory`` of an accelerator's, or None
+    :param processes: that trained
+    :param memory: most that was held by the first of them, bytes of main memory; ``device_memory`` of an accelerator's,
+        or None
     :param model, history, checkpoints, metrics: where these are; None where there is none
     """
 
@@ -48,6 +56,7 @@ class Summary:
     held_out_tokens: int
     seconds: float
     training_seconds: float
+    processes: int
     memory: int
     device_memory: int | None
     model: str
@@ -65,8 +74,11 @@ def run(
     resume: str | None = None,
     checkpoint_minutes: float = 10.0,
     track: Sequence[str] = (),
-) -> Summary:
+) -> Summary | None:
     """Prune a model, save it, and say what it has come to.
+
+    Started as several processes by a launcher, all train, and the first one reads the model, measures, saves and has
+    the summary; the others have None.
 
     :param model: directory, or a name on the hub
     :param recipe: a file, or the name of a recipe that comes with the package
@@ -75,9 +87,13 @@ def run(
     :param resume: None is what the recipe says
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
     :param track: trackers beside those of the recipe
-    :raises ValueError: if the run cannot work, or a loss is not finite; the message says what to do
+    :raises ValueError: if the run cannot work, a loss is not finite, or another process failed; the message says what
+        to do
     """
     began = time.perf_counter()
+    first, processes = is_first_process(), launched_ranks()
+    if not first:
+        _be_quiet()
     elsa = modifier_of_recipe(recipe)
     modifiers = Recipe.create_instance(str(find_recipe(recipe))).modifiers
     pruners = [modifier for modifier in modifiers if isinstance(modifier, ELSAModifier)]
@@ -88,17 +104,22 @@ def run(
             modifier.resume = resume
         modifier.track = list(dict.fromkeys([*modifier.track, *track]))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if not first:
+        # It would write over what the first one does.
+        tokenizer.save_pretrained = lambda *_, **__: ()
+    dense = _load(model, sharded=processes > 1 and elsa.parallel == "fsdp")
     length = _length(elsa, dense)
     tokens = length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
     texts = read_texts(data, tokenizer, length=length, tokens=tokens)
-    before = _measured(dense, texts.held_out)
+    before = _measured(dense, texts.held_out, "Perplexity before") if first else None
     try:
         pruned = oneshot(
             model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
         )
-    except TrainingDiverged as error:
+    except (TrainingDiverged, RankFailed) as error:
         raise ValueError(str(error)) from error
+    if not first:
+        return None
     last = pruners[-1]
     masks = last.masks.values()
     checkpointing = last._checkpointing
@@ -106,10 +127,11 @@ def run(
     return Summary(
         sparsity=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         perplexity_before=before,
-        perplexity_after=_measured(pruned, texts.held_out),
+        perplexity_after=_measured(pruned, texts.held_out, "Perplexity after"),
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
+        processes=processes,
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         model=str(out),
@@ -117,6 +139,21 @@ def run(
         checkpoints=str(directory) if directory and last.checkpoint_every else None,
         metrics=str(directory / METRICS_FILE) if directory else None,
     )
+
+
+def _load(model: str, *, sharded: bool) -> PreTrainedModel:
+    """The model; with a part on each process, in the first alone."""
+    load = load_for_ranks if sharded else AutoModelForCausalLM.from_pretrained
+    loaded: PreTrainedModel = load(model, dtype="auto")
+    return loaded
+
+
+def _be_quiet() -> None:
+    """The first process speaks for all."""
+    disable_datasets_bars()
+    transformers_logging.disable_progress_bar()
+    logger.disable("llmcompressor")
+    logger.disable("elsa_modifier")
 
 
 def _as_list(modifiers: Sequence[Modifier]) -> list[Modifier]:
@@ -128,14 +165,31 @@ def _length(modifier: ELSAModifier, model: PreTrainedModel) -> int:
     return min(modifier.sequence_length, limit or modifier.sequence_length)
 
 
-def _measured(model: PreTrainedModel, held_out: Tensor | None) -> float | None:
+def _measured(model: PreTrainedModel, held_out: Tensor | None, title: str) -> float | None:
     """Perplexity on the accelerator, if there is one."""
     if held_out is None:
         return None
     remove_dispatch(model)
-    place = next(model.parameters()).device
-    model.to(get_main_device())
+    place, device = next(model.parameters()).device, get_main_device()
+    if device.type == "cpu":
+        # Many CPUs take several times as long for bf16.
+        with _in_fp32(model):
+            return perplexity(model, held_out, precision="fp32", title=title)
+    model.to(device)
     try:
-        return perplexity(model, held_out)
+        return perplexity(model, held_out, title=title)
     finally:
         model.to(place)
+
+
+@contextmanager
+def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters in fp32 within the context; bit for bit as they were afterwards."""
+    narrow = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)

@@ -68,7 +68,8 @@ def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, *, length: int, 
     :param tokens: that the run goes over
     :raises ValueError: if there is less text than two windows
     """
-    wanted = -(-tokens // length) + _HELD_OUT
+    used = -(-tokens // length)
+    wanted = used + _HELD_OUT
     separator = tokenizer.eos_token_id
     stream: list[int] = []
     for document in documents(source):
@@ -83,7 +84,8 @@ def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, *, length: int, 
     if count < 2:
         raise ValueError(f"data: {source} has {len(stream):,} tokens; a run takes at least {2 * length:,}: pass more")
     windows = torch.tensor(stream[: count * length]).view(count, length)
-    held_out = min(_HELD_OUT, count // _HELD_OUT_FRACTION)
+    # What the run has no use for costs nothing.
+    held_out = min(_HELD_OUT, max(count // _HELD_OUT_FRACTION, count - used))
     if not held_out:
         logger.warning(f"{source} has {count} windows of {length} tokens: too few to hold any out to measure on.")
     training = windows[: count - held_out]

@@ -1,17 +1,24 @@
-"""A request to stop, by SIGTERM or SIGINT, which is granted between two steps; a second one at once."""
+"""A request to stop, by SIGTERM or SIGINT, which is granted between two steps; a second one at once.
+
+A terminal or a scheduler tells a launcher and its ranks alike, and the launcher passes on what it was told: a rank is
+told twice by one who asked once. So to a rank a second signal is one only after some seconds.
+"""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from elsa_modifier.training.loop import TrainingStopped
+from elsa_modifier.training.ranks import launched_ranks
 
 __all__ = ["StopRequest", "catching_stop_requests", "stop"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO_SECONDS = 5.0
 _SAID = b"\nELSA: stopping after this step, with a training checkpoint. Once more to stop at once.\n"
 
 
@@ -25,11 +32,16 @@ class StopRequest:
 def catching_stop_requests() -> Iterator[StopRequest]:
     """Within the context a first signal is noted only. Outside the main thread, which gets them all, nothing is."""
     request = StopRequest()
+    echo = _ECHO_SECONDS if launched_ranks() > 1 else 0.0
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if request.signal and time.monotonic() - first < echo:
+            return
         if request.signal:
             stop(number, at_once=True)
-        request.signal = number
+        request.signal, first = number, time.monotonic()
         # Not by a logger, whose lock the code that was interrupted may hold.
         os.write(2, _SAID)
 

@@ -30,7 +30,7 @@ _runs = 0
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed first, for the reason that is given."""
+    """Another rank failed first, for the reason that is given, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
     if launched_ranks() == 1:
         yield None
         return
+    global _runs
+    _runs += 1
     started = not dist.is_initialized()
     device = _own_device()
     if started:
@@ -106,7 +108,8 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
                 logger.disable("elsa_modifier")
             yield ranks
     finally:
-        logger.enable("elsa_modifier")
+        if not ranks.is_first:
+            logger.enable("elsa_modifier")
     # Not after a failure, when those who should agree to it may be gone.
     dist.barrier(group=ranks.group)
     if started:
@@ -117,14 +120,13 @@ def ranks_of_this_run() -> Iterator[Ranks | None]:
 
 def _rendezvous() -> tuple[Store, int, int]:
     """Where processes find each other, this one's rank, and how many there are."""
-    global _met, _runs
+    global _met
     if _met is None:
         logger.info(
             f"Joining the other processes: this one is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}."
         )
         _met = next(rendezvous("env://", timeout=_TIMEOUT))
     store, rank, count = _met
-    _runs += 1
     # What a run before this one in the same processes has left there would be taken for answers.
     return PrefixStore(f"elsa_modifier/{_runs}", store), rank, count
 
@@ -168,13 +170,25 @@ def _telling_failures(ranks: Ranks) -> Iterator[None]:
     """Leave word of what made this rank fail, or say what made another one."""
     store = dist.distributed_c10d._get_default_store()
     own = f"rank {ranks.rank}"
+    # Not what a run before this one has left, if someone caught its failure.
+    word = f"{_FAILURE}/{_runs}"
     try:
         yield
     except Exception as error:
         first = f"{own}: {type(error).__name__}: {error}"
         # The store may be gone with the process that had it.
         with suppress(Exception):
-            first = store.compare_set(_FAILURE, "", first).decode()
+            first = store.compare_set(word, "", first).decode()
         if not first.startswith(own) and first.partition(": ")[2] != f"{type(error).__name__}: {error}":
             raise RankFailed(f"another rank failed, and with it the run: {first}") from error
+        if _is_lost_connection(error):
+            raise RankFailed(
+                "another process of this run is gone without a word, as after kill -9 or when memory runs out; what "
+                f"started the processes says which one ({error})"
+            ) from error
         raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    # gloo's errors are of no class of their own.
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo/transport" in str(error)
