@@ -32,10 +32,10 @@ class _Timed(TrainingCheckpoints):
     asynchronous: bool | None = None
     times: list[tuple[int, float, float]]
 
-    def after_step(self, record: Any) -> None:
+    def after_step(self, step: int, catch_up: Any) -> None:
         began = time.perf_counter()
-        super().after_step(record)
-        type(self).times.append((record.step, began, time.perf_counter()))
+        super().after_step(step, catch_up)
+        type(self).times.append((step, began, time.perf_counter()))
 
     def _can_copy(self, tensors: Any) -> bool:
         return bool(type(self).asynchronous)
