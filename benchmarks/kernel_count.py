@@ -177,6 +177,8 @@ def _page(rows: list[dict[str, Any]]) -> list[str]:
         "bytes that they read and write for each entry, and how often the host waits for a value. **Counted, not",
         "run: no GPU was there.** Compiled updates are counted as the kernels that inductor writes for an H100, all",
         "else by dispatch, an operation a kernel. Before: by dispatch, on an accelerator's path, in main memory.",
+        "What a projection does once for all weights, choosing digits from counts, is among its kernels here: most of",
+        "them, with few bytes.",
         "",
         "`python -m benchmarks.kernel_count` prints and writes this.",
         "",

@@ -266,7 +266,7 @@ class ADMMOptimizer:
         try:
             choices, keeps = choose(self.constraint, demand, sources, self.shards, self._device)
         except ValueError as error:
-            raise ValueError(f"projection at step {self.step_count} of {error}") from error
+            raise ValueError(f"projection at step {self.step_count}: {error}") from error
         for state, keep in zip(self.states, keeps, strict=True):
             state.keep = keep
         return choices

@@ -112,14 +112,13 @@ def find_cuts(
     step = bin_bits(tensors, shards, device)
     while width:
         shift = max(0, width - step)
-        counts = torch.stack([counter(low[i], width, shift).long() for i, counter in enumerate(counters)])
+        counts = torch.stack([counter(low[i], width, shift) for i, counter in enumerate(counters)])
         whole = shards.add(counts)
         if width == _BITS:
             found, sizes = whole[:, -2:], whole[:, :-2].sum(dim=1)
         counts, whole = counts[:, :-2], whole[:, :-2]
         # How many scores are in a digit or above it.
         reach = whole.flip(1).cumsum(1).flip(1) + above.unsqueeze(1)
-        own = _lowest_that(reach >= target.clamp(min=1).unsqueeze(1))
         if demand.is_shared:
             within = reach.clamp(fewest.unsqueeze(1), most.unsqueeze(1)) * has_choice.unsqueeze(1)
             shared = _lowest_that(within.sum(dim=0, keepdim=True) >= left)
@@ -129,7 +128,8 @@ def find_cuts(
             target = torch.where(is_full, most, torch.where(is_short, fewest, target))
             left = left - (target * (is_full | is_short)).sum()
             has_choice = has_choice & ~is_full & ~is_short
-            own = _lowest_that(reach >= target.clamp(min=1).unsqueeze(1))
+        own = _lowest_that(reach >= target.clamp(min=1).unsqueeze(1))
+        if demand.is_shared:
             own = torch.where(has_choice, shared, own)
         chosen = own.unsqueeze(1)
         local, ties = counts.gather(1, chosen)[:, 0], whole.gather(1, chosen)[:, 0]
