@@ -205,3 +205,35 @@ def test_hashed_noise_is_a_function_of_the_entry():
     for i, a in enumerate(different):
         for b in different[:i]:
             assert float((a == b).double().mean()) < 1e-3
+
+
+def test_every_update_is_one_graph(fuse, monkeypatch):
+    """Nothing in them is left to Python, and what changes from step to step is not compiled in."""
+    fuse()
+    compiled = {}
+
+    def traced(update):
+        if update not in compiled:
+            compiled[update] = torch.compile(update, backend="eager", fullgraph=True, dynamic=False)
+        return compiled[update]
+
+    monkeypatch.setattr(placement, "_fused", traced)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    torch._dynamo.reset()
+    weight = nn.Parameter(torch.randn(64, 64).bfloat16())
+    optimizer = ADMMOptimizer(
+        StochasticAdam([weight], lr=1e-3, seed=0),
+        [PrunedWeight("w", weight, 900, DENSE)],
+        penalty=PenaltySchedule(0.3, "cosine", 9),
+        dual=True,
+        state_dtype="int8",
+        interval=1,
+        freeze_step=99,
+        budget=SharedBudget(0.0, 0.99),
+    )
+    graphs = []
+    for _ in range(3):
+        weight.grad = torch.randn(64, 64).bfloat16()
+        optimizer.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 5 and graphs[1] == graphs[2]
