@@ -39,8 +39,8 @@ class _Timed(TrainingCheckpoints):
     in_thread = False
     waited: list[tuple[float, float]]
 
-    def after_step(self, record: Any) -> None:
-        type(self).waited.append(_timed(lambda: super(_Timed, self).after_step(record)))
+    def after_step(self, step: int, catch_up: Any) -> None:
+        type(self).waited.append(_timed(lambda: super(_Timed, self).after_step(step, catch_up)))
 
     def _can_copy(self, tensors: Any) -> bool:
         return type(self).in_thread

@@ -116,14 +116,14 @@ def prune(directory: Path, recipe: str, **others: Any) -> dict[str, Any]:
     held: dict[str, int] = {}
     step = ADMMOptimizer.step
 
-    def measuring(self: ADMMOptimizer) -> None:
+    def measuring(self: ADMMOptimizer, ok: torch.Tensor | None = None) -> None:
         gradients = sum(t.nbytes for t in _gradients(self))
-        step(self)
+        step(self, ok)
         held.update(
             weights=sum(p.nbytes for group in self.base.param_groups for p in group["params"]),
             gradients=gradients,
             optimizer=sum(t.nbytes for t in _tensors(list(self.base.state.values()))),
-            admm=self.state_nbytes + sum(t.nbytes for t in vars(self._scratch).values()),
+            admm=self.state_nbytes + sum(t.nbytes for t in _tensors([vars(self._scratch)] if self._scratch else [])),
         )
 
     ADMMOptimizer.step = measuring  # type: ignore[method-assign]

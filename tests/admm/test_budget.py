@@ -7,7 +7,8 @@ from torch import nn
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight, SharedBudget, selection
 from elsa_modifier.admm.budget import shared_keeps
 from elsa_modifier.admm.constraint import SparsitySchedule
-from tests.admm.test_sharding import VALUES, on_shards
+from elsa_modifier.admm.thresholds import Demand
+from tests.admm.test_thresholds import VALUES, counted, on_shards
 from tests.reference.admm import entries_kept
 from tests.reference.selection import greedy_keeps, sorted_mask
 
@@ -85,11 +86,9 @@ def test_shards_change_nothing(count):
     parts = list(zip(*[t.tensor_split([7, 11_000][: count - 1]) for t in tensors], strict=True))
     keeps, _ = on_shards(
         parts,
-        lambda part, shards: shared_keeps(
-            lambda i: part[i], [t.numel() for t in part], 12_345, [2_000] * 3, [9_000] * 3, shards
-        ),
+        lambda part, shards: counted(part, Demand([2_000] * 3, [9_000] * 3, 12_345), shards),
     )
-    assert keeps == [expected] * count
+    assert [found[1] for found in keeps] == [expected] * count
 
 
 @pytest.mark.parametrize("total", [2, 11])

@@ -20,14 +20,13 @@ def counted(monkeypatch):
     monkeypatch.setattr(selection, "_PARTITIONED_BELOW", 0)
 
 
-@pytest.fixture(params=["partition", "numpy", "torch"])
+@pytest.fixture(params=["partition", "counts"])
 def backend(request, monkeypatch):
-    """All ways to select; the one for accelerators with chunks that a small tensor has several of."""
+    """Both ways to select; counts in chunks that a small tensor has several of."""
     if request.param == "partition":
         monkeypatch.setattr(selection, "_PARTITIONED_BELOW", 1 << 20)
-    if request.param == "torch":
-        monkeypatch.setattr(bitscan, "_namespace", lambda tensor: torch)
-        monkeypatch.setattr(bitscan, "_DEVICE_CHUNK", 10_007)
+    else:
+        monkeypatch.setattr(bitscan, "_CHUNK", 10_007)
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def test_samples_find_the_bracket(sampled):
     for name in ("normal", "wide", "subnormal", "ascending"):
         bits = score_bits(TENSORS[name])
         target = selection._Target(40_000, torch.tensor([0]), torch.tensor([200_000]))
-        low, high = selection._sampled_bracket([lambda bits=bits: bits], 200_000, target, selection.WHOLE)
+        low, high = selection._sampled_bracket([lambda bits=bits: bits], 200_000, target)
         found = bitscan.scan(bits, low, high, 200_000)
         assert found.above < 40_000 <= found.above + found.inside
         assert found.inside < 0.1 * 200_000

@@ -5,8 +5,8 @@ import torch
 
 from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import MaskStructure
-from elsa_modifier.admm.state import ADMMState
-from elsa_modifier.admm.storage import Scratch, StateDtype
+from elsa_modifier.admm.state import ADMMState, pull_
+from elsa_modifier.admm.storage import Scratch, StateDtype, chunks, in_blocks
 from tests.reference.admm import TwoTensorADMM, penalty_at
 
 SCHEDULES = ["constant", "linear", "cosine", "exponential"]
@@ -42,7 +42,8 @@ def test_one_tensor_agrees_with_two(dtype, form, dual, ascent, structure, schedu
             close(grad, expected_grad)
         if lam > 0 and form == "decoupled":
             expected_x = twin.pull(x, lam)
-            state.pull_(0, x.numel(), x.view(-1), lam, scratch or Scratch(x.numel(), x.device))
+            for start, end in chunks(x.numel(), x.device):
+                pull_(in_blocks(x.view(-1)[start:end]), state.pull(start, end, lam, scratch))
             close(x, expected_x)
         if step % 7 == 0:
             twin.follow(x)
@@ -107,7 +108,7 @@ def test_mask_zeroes_what_is_outside():
     x = torch.randn(5, 5)
     state = ADMMState(x, 3, MaskStructure())
     kept = x[state.mask].clone()
-    state.mask_(0, 25, x.view(-1), Scratch(25, x.device))
+    pull_(in_blocks(x.view(-1)), state.mask_out(0, 25))
     assert int((x != 0).sum()) == 3
     assert torch.equal(x[state.mask], kept)
 

@@ -5,7 +5,16 @@ import torch
 
 from elsa_modifier.admm import storage
 from elsa_modifier.admm.bitmask import pack_bits
-from elsa_modifier.admm.storage import BLOCK, Scratch, StateDtype, StoredPair, chunks
+from elsa_modifier.admm.storage import (
+    BLOCK,
+    Scratch,
+    StateDtype,
+    StoredPair,
+    chunks,
+    in_blocks,
+    read_stored,
+    write_stored,
+)
 from tests.reference.admm import stored
 
 CPU = torch.device("cpu")
@@ -18,8 +27,8 @@ def _written(values, mask, dtype, *, both_kinds=True):
     bits = pack_bits(mask)
     spans = [(start, end, bits[start // 8 : -(-end // 8)]) for start, end in chunks(values.numel(), CPU)]
     for start, end, part in spans:
-        pair.write(start, end, values[start:end].clone(), part, scratch)
-    return pair, torch.cat([pair.read(*span, scratch).clone() for span in spans])
+        write_stored(pair.part(start, end), in_blocks(values[start:end].clone()), part, scratch)
+    return pair, torch.cat([read_stored(pair.part(a, b), part, scratch).flatten().clone() for a, b, part in spans])
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

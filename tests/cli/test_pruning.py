@@ -58,9 +58,9 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch):
     whole = json.loads(command("--json", out="whole").stdout)
     inner = TrainingCheckpoints.after_step
 
-    def after_step(self, record):
-        inner(self, record)
-        if record.step == 5:
+    def after_step(self, step, catch_up):
+        inner(self, step, catch_up)
+        if step == 5:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -28,9 +28,9 @@ def prune(checkpoint, texts, tmp_path, monkeypatch):
         modifier = modifier or ELSAModifier(**(FIELDS | {"checkpoint_every": {"steps": 3}} | fields))
         inner = TrainingCheckpoints.after_step
 
-        def after_step(self, record):
-            inner(self, record)
-            if record.step == killed_after:
+        def after_step(self, step, catch_up):
+            inner(self, step, catch_up)
+            if step == killed_after:
                 raise Killed
 
         with monkeypatch.context() as patch:

@@ -58,10 +58,10 @@ def test_weights_that_are_not_finite_are_not_saved(prune, tmp_path, warnings_sai
 
     inner = TrainingCheckpoints.after_step
 
-    def after_step(self, record):
-        if record.step == 6:
+    def after_step(self, step, catch_up):
+        if step == 6:
             _poison(self._run.model)
-        inner(self, record)
+        inner(self, step, catch_up)
 
     monkeypatch.setattr(TrainingCheckpoints, "after_step", after_step)
     with pytest.raises(TrainingDiverged, match="step-00000003"):

@@ -12,7 +12,7 @@ VALUES = second_moment_values()
 
 def _stored(moment_class, values):
     moment = moment_class(values)
-    moment.write(0, values.numel(), values.clone().view(-1))
+    moment.quantize_(values)
     return moment.dequantize()
 
 

@@ -3,16 +3,14 @@
 The bit patterns of non-negative floats rank as the floats do, and infinity and NaN come above all finite ones. So an
 interval of scores is an interval of int32, exact ranks come from counting, and what is not finite shows in the maximum.
 
-Every pass goes through the tensor in chunks and never holds more than a chunk of temporaries. numpy reads tensors in
-main memory, several times faster than torch compares and counts there; torch reads all others. Both take the same
-steps, written once: ``_Namespace`` is numpy or torch.
+Every pass goes through the tensor in chunks and never holds more than a chunk of temporaries. numpy reads them in main
+memory, several times faster than torch compares and counts there; what lies elsewhere is counted otherwise.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,15 +23,13 @@ __all__ = ["HIGHEST", "Scan", "fault_of", "histogram", "mask_from", "scan", "sco
 HIGHEST = 0x7F7FFFFF
 _NEGATIVE = range(0x80000000, 0xFF800000)
 
-# In main memory smaller chunks would stay in a core's cache, but threads that hand each other the interpreter's lock
-# after every operation on one lose more than that. Elsewhere a chunk is worth starting kernels for. If all of one were
-# candidates, their positions would take 128 MiB.
-_HOST_CHUNK = 1 << 20
-_DEVICE_CHUNK = 1 << 24
+# Smaller chunks would stay in a core's cache, but threads that hand each other the interpreter's lock after every
+# operation on one lose more than that.
+_CHUNK = 1 << 20
 # Fewer entries than this are read before a second thread has started.
 _ENTRIES_PER_THREAD = 1 << 19
 
-_Array = Any  # one-dimensional int32: numpy.ndarray or Tensor
+_Array = Any  # one-dimensional int32
 _T = TypeVar("_T")
 
 
@@ -43,8 +39,8 @@ class Scan:
 
     :param above: how many scores are above it
     :param inside: how many are in it
-    :param candidates: the positions and the bits of those in it, in order, int64 and int32, on the scores' device; None
-        if they are too many
+    :param candidates: the positions and the bits of those in it, in order, int64 and int32; None if they
+        are too many
     :param fault: what makes the scores unusable, or the empty string
     """
 
@@ -66,7 +62,7 @@ def score_bits(scores: Tensor) -> Tensor:
 
 def fault_of(bits: Tensor) -> str:
     """What makes scores unusable, as in :class:`Scan`; there must be one score at least."""
-    return _fault(int(_highest(_array(bits))))
+    return _fault(int(_highest(bits.numpy())))
 
 
 def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = None) -> Scan:
@@ -76,25 +72,25 @@ def scan(bits: Tensor, low: int, high: int, limit: int, mask: Tensor | None = No
     :param limit: collect no more than about this many
     :param mask: bool, as long, that is set to which scores are at least ``low``
     """
-    xp, entries = _namespace(bits), _array(bits)
-    out = None if mask is None else _array(mask)
+    entries = bits.numpy()
+    out = None if mask is None else mask.numpy()
 
     def run(part: slice) -> tuple[Any, int, int, list[_Array], list[_Array]]:
-        above: Any = 0
+        above = 0
         inside, extremes, positions, found = 0, [], [], []
         # New memory for each chunk would take longer than what is done with it.
-        first = entries[part][: _chunk_size(entries)]
-        buffers = [xp.empty_like(first, dtype=xp.bool) for _ in range(2 if out is None else 1)]
-        for where in _chunks(entries, part):
+        first = entries[part][:_CHUNK]
+        buffers = [np.empty_like(first, dtype=np.bool_) for _ in range(2 if out is None else 1)]
+        for where in _chunks(part):
             chunk = entries[where]
             over = buffers[0][: len(chunk)]
             least = buffers[1][: len(chunk)] if out is None else out[where]
             extremes.append(_highest(chunk))
-            xp.greater(chunk, high, out=over)
-            above += xp.count_nonzero(over)
-            xp.greater_equal(chunk, low, out=least)
-            among = xp.bitwise_xor(over, least, out=over)
-            local = xp.argwhere(among)[:, 0]
+            np.greater(chunk, high, out=over)
+            above += np.count_nonzero(over)
+            np.greater_equal(chunk, low, out=least)
+            among = np.bitwise_xor(over, least, out=over)
+            local = np.argwhere(among)[:, 0]
             inside += len(local)
             if inside <= limit:
                 found.append(chunk[local])
@@ -117,18 +113,18 @@ def histogram(bits: Tensor, low: int, high: int, shift: int) -> Tensor:
 
     :param bits: int32, one-dimensional
     """
-    xp, entries = _namespace(bits), _array(bits)
+    entries = bits.numpy()
     bins = ((high - low) >> shift) + 1
 
     def run(part: slice) -> Tensor:
-        counts = xp.bincount(entries[:0], minlength=bins)
-        for where in _chunks(entries, part):
+        counts = np.bincount(entries[:0], minlength=bins)
+        for where in _chunks(part):
             chunk = entries[where]
             among = chunk[(chunk >= low) & (chunk <= high)]
-            counts += xp.bincount((among - low) >> shift, minlength=bins)
+            counts += np.bincount((among - low) >> shift, minlength=bins)
         return torch.as_tensor(counts)
 
-    return torch.stack(_on_parts(run, bits)).sum(dim=0).cpu()
+    return torch.stack(_on_parts(run, bits)).sum(dim=0)
 
 
 def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
@@ -137,15 +133,15 @@ def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
     :param bits: int32, one-dimensional
     """
     mask = torch.empty_like(bits, dtype=torch.bool)
-    xp, entries, kept = _namespace(bits), _array(bits), _array(mask)
-    _on_parts(lambda part: xp.greater_equal(entries[part], threshold, out=kept[part]), bits)
-    for where in reversed(list(_chunks(entries, slice(0, len(entries))))):
+    entries, kept = bits.numpy(), mask.numpy()
+    _on_parts(lambda part: np.greater_equal(entries[part], threshold, out=kept[part]), bits)
+    for where in reversed(list(_chunks(slice(0, len(entries))))):
         if not surplus:
             break
         ties = entries[where] == threshold
-        count = int(xp.count_nonzero(ties))
+        count = int(np.count_nonzero(ties))
         if count > surplus:
-            ties[xp.argwhere(ties)[: count - surplus, 0]] = False
+            ties[np.argwhere(ties)[: count - surplus, 0]] = False
             count = surplus
         kept[where] ^= ties
         surplus -= count
@@ -153,10 +149,8 @@ def mask_from(bits: Tensor, threshold: int, surplus: int) -> Tensor:
 
 
 def _on_parts(work: Callable[[slice], _T], bits: Tensor) -> list[_T]:
-    """``work`` on contiguous parts, in main memory by a thread each: numpy lets go of the interpreter's lock."""
-    threads = 1
-    if _namespace(bits) is np:
-        threads = max(1, min(torch.get_num_threads(), bits.numel() // _ENTRIES_PER_THREAD))
+    """``work`` on contiguous parts, by a thread each: numpy lets go of the interpreter's lock."""
+    threads = max(1, min(torch.get_num_threads(), bits.numel() // _ENTRIES_PER_THREAD))
     edges = [bits.numel() * i // threads for i in range(threads + 1)]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     if threads == 1:
@@ -165,30 +159,13 @@ def _on_parts(work: Callable[[slice], _T], bits: Tensor) -> list[_T]:
         return list(pool.map(work, parts))
 
 
-def _namespace(tensor: Tensor) -> ModuleType:
-    return np if tensor.device.type == "cpu" else torch
-
-
-def _array(tensor: Tensor) -> _Array:
-    return tensor.numpy() if _namespace(tensor) is np else tensor
-
-
-def _chunks(array: _Array, part: slice) -> Iterator[slice]:
-    size = _chunk_size(array)
-    return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
-
-
-def _chunk_size(array: _Array) -> int:
-    return _HOST_CHUNK if isinstance(array, np.ndarray) else _DEVICE_CHUNK
+def _chunks(part: slice) -> Iterator[slice]:
+    return (slice(start, min(start + _CHUNK, part.stop)) for start in range(part.start, part.stop, _CHUNK))
 
 
 def _highest(chunk: _Array) -> _Array:
     """The highest bits of a chunk, read as unsigned."""
-    if isinstance(chunk, np.ndarray):
-        return chunk.view(np.uint32).max()
-    # torch has no maximum of unsigned integers: what is negative as a signed one is the highest.
-    low, high = torch.aminmax(chunk)
-    return torch.where(low < 0, low.long() + (1 << 32), high.long())
+    return chunk.view(np.uint32).max()
 
 
 def _fault(highest: int) -> str:

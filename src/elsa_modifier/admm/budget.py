@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from elsa_modifier.admm.bitscan import score_bits
-from elsa_modifier.admm.selection import WHOLE, Shards, find_threshold
+from elsa_modifier.admm.selection import find_threshold
 
-__all__ = ["SharedBudget", "shared_keeps"]
+__all__ = ["SharedBudget", "check_limits", "shared_keeps"]
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,11 @@ class SharedBudget:
         return fractions
 
 
-def shared_keeps(
-    scores: Callable[[int], Tensor],
-    sizes: Sequence[int],
-    total_keep: int,
-    smallest: Sequence[int],
-    largest: Sequence[int],
-    shards: Shards = WHOLE,
-) -> list[int]:
-    """How many entries each tensor keeps: those with scores above one threshold, within the tensor's own limits.
+def check_limits(counts: Sequence[int], total_keep: int, smallest: Sequence[int], largest: Sequence[int]) -> None:
+    """Refuse what :func:`shared_keeps` cannot do.
 
-    The sum is exactly ``total_keep``. Scores that equal the threshold are kept by earlier tensors first.
-
-    :param scores: gives the scores of tensor ``i``, fp32 of any shape, without a sign; called for each tensor in turn,
-        twice unless the scores are unusual, and must give the same each time. With shards, this shard's part
-    :param sizes: how many entries ``scores(i)`` has
-    :param smallest: the fewest entries that each tensor keeps
-    :param largest: the most, no more than it has
-    :raises ValueError: if limits contradict each other or leave no way to keep ``total_keep``, or for scores that are
-        negative or not finite
+    :raises ValueError: if limits contradict each other or leave no way to keep ``total_keep``
     """
-    counts = shards.add(torch.tensor(sizes)).tolist()
     for i, (least, most, count) in enumerate(zip(smallest, largest, counts, strict=True)):
         if not 0 <= least <= most <= count:
             raise ValueError(
@@ -93,12 +77,34 @@ def shared_keeps(
             "most entries that each tensor may keep: change total_keep, or widen the tensors' limits"
         )
 
+
+def shared_keeps(
+    scores: Callable[[int], Tensor],
+    sizes: Sequence[int],
+    total_keep: int,
+    smallest: Sequence[int],
+    largest: Sequence[int],
+) -> list[int]:
+    """How many entries each tensor keeps: those with scores above one threshold, within the tensor's own limits.
+
+    The sum is exactly ``total_keep``. Scores that equal the threshold are kept by earlier tensors first.
+
+    :param scores: gives the scores of tensor ``i``, fp32 of any shape, without a sign; called for each tensor in turn,
+        twice unless the scores are unusual, and must give the same each time
+    :param sizes: how many entries ``scores(i)`` has
+    :param smallest: the fewest entries that each tensor keeps
+    :param largest: the most, no more than it has
+    :raises ValueError: if limits contradict each other or leave no way to keep ``total_keep``, or for scores that are
+        negative or not finite
+    """
+    check_limits(sizes, total_keep, smallest, largest)
+
     def source(i: int) -> Callable[[], Tensor]:
         return lambda: score_bits(scores(i))
 
     sources = [source(i) for i in range(len(sizes))]
-    found = find_threshold(sources, sizes, total_keep, smallest, largest, shards)
-    above, ties = shards.add(torch.stack([found.above, found.ties]))
+    found = find_threshold(sources, sizes, total_keep, smallest, largest)
+    above, ties = found.above, found.ties
     bounds = torch.tensor(smallest), torch.tensor(largest)
     keeps = above.clamp(*bounds)
     tied = (above + ties).clamp(*bounds) - keeps

@@ -11,9 +11,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from elsa_modifier.admm.budget import SharedBudget, shared_keeps
+from elsa_modifier.admm.budget import SharedBudget, check_limits, shared_keeps
 from elsa_modifier.admm.projection import MaskStructure, projection_scores
-from elsa_modifier.admm.selection import WHOLE, Shards
+from elsa_modifier.admm.thresholds import Demand
 
 __all__ = ["Constraint", "PrunedWeight", "SparsitySchedule", "SparsityScheduleName"]
 
@@ -76,20 +76,14 @@ class Constraint:
         threshold on the scores decides how many stay in which weight, between the budget's floor and cap
     :raises ValueError: for a budget that is to be shared with an N:M structure, or cannot be met within its floor and
         cap
-    :param shards: how the weights lie over ranks
     """
 
     def __init__(
-        self,
-        weights: Sequence[PrunedWeight],
-        schedule: SparsitySchedule,
-        budget: SharedBudget | None = None,
-        shards: Shards = WHOLE,
+        self, weights: Sequence[PrunedWeight], schedule: SparsitySchedule, budget: SharedBudget | None = None
     ) -> None:
         self.weights = weights
         self.schedule = schedule
         self.budget = budget
-        self.shards = shards
         self._sizes = [w.size for w in weights]
         for w in weights if budget is not None else []:
             if not w.structure.is_unstructured:
@@ -98,46 +92,62 @@ class Constraint:
                     "shared by unstructured weights only: leave the budget or the structure out"
                 )
 
-    def by_magnitude(self) -> list[int]:
-        """Entries that each weight keeps before the first step, when magnitudes are all that is known."""
-        # Also where the schedule leaves all: a budget that cannot be met is refused here.
-        kept = self.at(self.schedule.steps, self.magnitudes, range(len(self.weights)))
-        return kept if self.schedule(0) == 1.0 else self.at(0, self.magnitudes, range(len(self.weights)))
+    def check(self) -> None:
+        """Refuse a budget that cannot be met, also where the schedule leaves all at first.
 
-    def at(self, step: int, scores: Callable[[int], Tensor], sharing: Sequence[int]) -> list[int]:
-        """Entries that each weight keeps after a step.
+        :raises ValueError: says what to widen
+        """
+        if self.budget is not None:
+            demand = self.demand(self.schedule.steps, range(len(self.weights)))
+            check_limits(self._sizes, sum(w.keep for w in self.weights), demand.fewest, demand.most)
+
+    def demand(self, step: int, sharing: Sequence[int]) -> Demand:
+        """How many entries each weight may keep after a step.
 
         :param step: optimizer steps taken
-        :param scores: of a weight by its number, as :func:`~elsa_modifier.admm.budget.shared_keeps` asks for them;
-            only a shared budget does
         :param sharing: numbers of the weights that take part in a shared budget; the others keep what they bring
-        :raises ValueError: for scores that are not finite
         """
         tightness = self.schedule(step)
         pairs = zip(self.weights, self._sizes, strict=True)
         own = [size - round(tightness * (size - w.keep)) for w, size in pairs]
         if self.budget is None:
-            return own
+            return Demand(own, own)
         fewest, most = self.budget.limits(self._sizes, tightness)
         keeps = [min(max(keep, least), limit) for keep, least, limit in zip(own, fewest, most, strict=True)]
-        if not sharing:
-            return keeps
         brought = sum(own[i] for i in sharing)
         least, limit = sum(fewest[i] for i in sharing), sum(most[i] for i in sharing)
         if tightness < 1 or len(sharing) < len(self.weights):
             # Floor and cap may leave those that share, or rounding, no way to meet what all were asked for.
             brought = min(max(brought, least), limit)
-        shares = shared_keeps(
-            lambda position: scores(sharing[position]),
-            [self.weights[i].weight.numel() for i in sharing],
+        shares = set(sharing)
+        # What has no choice takes no part.
+        brought -= sum(fewest[i] for i in shares if fewest[i] == most[i])
+        return Demand(
+            [fewest[i] if i in shares else keep for i, keep in enumerate(keeps)],
+            [most[i] if i in shares else keep for i, keep in enumerate(keeps)],
             brought,
-            [fewest[i] for i in sharing],
-            [most[i] for i in sharing],
-            self.shards,
         )
-        for i, share in zip(sharing, shares, strict=True):
-            keeps[i] = share
-        return keeps
+
+    def keeps(self, demand: Demand, scores: Callable[[int], Tensor]) -> list[int]:
+        """Entries that each weight keeps, of weights in main memory of which this process has all.
+
+        :param scores: of a weight by its number, as :func:`~elsa_modifier.admm.budget.shared_keeps` asks for them;
+            only a shared budget does
+        :raises ValueError: for scores that are not finite
+        """
+        kept = list(demand.fewest)
+        choosing = [i for i, (least, most) in enumerate(zip(kept, demand.most, strict=True)) if least < most]
+        if choosing:
+            shares = shared_keeps(
+                lambda position: scores(choosing[position]),
+                [self._sizes[i] for i in choosing],
+                demand.total,
+                [demand.fewest[i] for i in choosing],
+                [demand.most[i] for i in choosing],
+            )
+            for i, share in zip(choosing, shares, strict=True):
+                kept[i] = share
+        return kept
 
     def magnitudes(self, number: int) -> Tensor:
         """What the entries of a weight are ranked by when nothing but their magnitudes is known."""

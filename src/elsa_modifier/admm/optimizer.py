@@ -1,21 +1,27 @@
 """ADMM around any torch optimizer: an x-update in every step, z- and u-updates in some, then a fixed mask."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_modifier.admm.bitmask import pack_bits
 from elsa_modifier.admm.budget import SharedBudget
+from elsa_modifier.admm.choosing import Choice, Source, choose
 from elsa_modifier.admm.constraint import Constraint, PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.moments import MomentPart, SecondMoment
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
-from elsa_modifier.admm.rounding import round_stochastically_
+from elsa_modifier.admm.placement import compiled, is_fused
+from elsa_modifier.admm.rounding import Key, drawn_key, hashed_int16, rounded_stochastically, uniform_int16
+from elsa_modifier.admm.scores import Scored
 from elsa_modifier.admm.selection import WHOLE, Shards
-from elsa_modifier.admm.sharding import Select, select_masks
-from elsa_modifier.admm.state import ADMMState
-from elsa_modifier.admm.storage import Scratch, StateDtype, chunks
+from elsa_modifier.admm.state import ADMMState, Pull, negated_inverse, pull_
+from elsa_modifier.admm.storage import BLOCK, Scratch, StateDtype, chunks, in_blocks
 
 __all__ = ["ADMMOptimizer", "Projection", "RoundsOnce"]
 
@@ -24,14 +30,14 @@ Projection = Literal["fisher", "magnitude"]
 
 @runtime_checkable
 class RoundsOnce(Protocol):
-    """A base optimizer that lets ADMM take its part of a step before new values are rounded to the weights' dtype.
+    """A base optimizer that takes ADMM's part of a step along, before new values are rounded to the weights' dtype.
 
-    ``before_rounding`` is called in each step of a parameter that has a gradient, once for each of its
-    :func:`~elsa_modifier.admm.storage.chunks`, with the parameter, the chunk's start and end, and its new values, fp32,
-    which it may change.
+    ``before_rounding`` is asked in each step of a parameter that has a gradient, once for each of its
+    :func:`~elsa_modifier.admm.storage.chunks`, with the parameter, the chunk's start and end, and how many entries a
+    block of the base optimizer has. What it gives is for :func:`~elsa_modifier.admm.state.pull_`.
     """
 
-    before_rounding: Callable[[Tensor, int, int, Tensor], None] | None
+    before_rounding: Callable[[Tensor, int, int, int], Pull | None] | None
 
 
 class ADMMOptimizer:
@@ -115,29 +121,19 @@ class ADMMOptimizer:
         # A mask that is fixed has all the zeros.
         schedule = SparsitySchedule(schedule.name, min(schedule.steps, freeze_step))
         self.shards = shards
-        self.constraint = Constraint(self.weights, schedule, budget, shards)
+        self.constraint = Constraint(self.weights, schedule, budget)
+        self.constraint.check()
         self.freeze_step = freeze_step
         self.prune_unreached = prune_unreached
         self.step_count = 0
         self.frozen = False
         self.projection_count = 0
         self.last_residual = self.last_entered = torch.zeros(())
-        self._scratch = Scratch(max(w.weight.numel() for w in self.weights), self.weights[0].weight.device)
-        keeps = self.constraint.by_magnitude()
-        selects = select_masks(self.weights, self.constraint.magnitudes, keeps, shards)
-        self.states = [
-            ADMMState(
-                w.weight.detach(),
-                keep,
-                w.structure,
-                form=form,
-                dual=dual,
-                dtype=state_dtype,
-                scratch=self._scratch,
-                select=select,
-            )
-            for w, keep, select in zip(self.weights, keeps, selects, strict=True)
-        ]
+        self._device = self.weights[0].weight.device
+        largest = max(w.weight.numel() for w in self.weights)
+        self._scratch = None if is_fused(self._device) else Scratch(largest, self._device)
+        self._ok: Tensor | None = None
+        self.states = self._first_states(form, dual, state_dtype)
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._reached: set[int] = set()
         self._rounds_once = base if isinstance(base, RoundsOnce) else None
@@ -147,13 +143,35 @@ class ADMMOptimizer:
             self._freeze()
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, ok: Tensor | None = None) -> None:
         """One x-update, and the z- and u-updates if it is time.
 
+        :param ok: zero-dimensional bool on the weights' device, where :attr:`can_skip`: if it is False, which the host
+            need not know yet, the x-update changes neither weights nor moments
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
-        self._update_x([pruned.weight for pruned in self.weights], self._base_step)
+        with self._unless_not(ok):
+            self._update_x([pruned.weight for pruned in self.weights], self._base_step)
         self.end_step()
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether the base optimizer can leave all as it is because of a value that is on its device."""
+        return isinstance(self.base, RoundsOnce) or all(group.get("fused") for group in self.base.param_groups)
+
+    @contextmanager
+    def _unless_not(self, ok: Tensor | None) -> Iterator[None]:
+        """Within the context a step changes something only if ``ok``."""
+        if ok is None:
+            yield
+            return
+        # By the name under which torch's GradScaler tells its optimizers.
+        self._ok, base = ok, cast("Any", self.base)
+        base.found_inf = (~ok).float()
+        try:
+            yield
+        finally:
+            self._ok = base.found_inf = None
 
     @torch.no_grad()
     def step_parameter(self, parameter: nn.Parameter) -> None:
@@ -196,22 +214,22 @@ class ADMMOptimizer:
     def _constrain(self, weight: Tensor) -> None:
         """What the x-update adds to the base optimizer's step: the decoupled pull, or the fixed mask."""
         for start, end in chunks(weight.numel(), weight.device):
-            entries = weight.detach().view(-1)[start:end]
-            if self.frozen or entries.dtype == torch.float32:
-                self._constrain_entries(weight, start, end, entries)
-            elif self.form == "decoupled":
-                values = self._scratch.weight[: end - start].copy_(entries)
-                self._constrain_entries(weight, start, end, values)
-                round_stochastically_(entries, values)
+            pull = self._pull_of(weight, start, end)
+            if pull is not None:
+                entries = in_blocks(weight.detach().view(-1)[start:end])
+                noise = drawn_key() if is_fused(weight.device) else None
+                pull_weight_(entries, pull, noise, self._ok, is_mask=self.frozen)
 
-    def _constrain_entries(self, parameter: Tensor, start: int, end: int, values: Tensor) -> None:
+    def _pull_of(self, parameter: Tensor, start: int, end: int, block: int = BLOCK) -> Pull | None:
+        """The same, of a part of a weight; None if there is nothing."""
         state = self._state_of.get(id(parameter))
         if state is None:
-            return
+            return None
         if self.frozen:
-            state.mask_(start, end, values, self._scratch)
-        elif self.form == "decoupled" and (penalty := self.penalty(self.step_count)) > 0:
-            state.pull_(start, end, values, penalty, self._scratch)
+            return state.mask_out(start, end, self._scratch)
+        if self.form == "decoupled" and (penalty := self.penalty(self.step_count)) > 0:
+            return state.pull(start, end, penalty, self._scratch, block)
+        return None
 
     def project(self) -> None:
         """The z- and u-updates of all weights; :meth:`step` calls this when it is time."""
@@ -219,29 +237,81 @@ class ADMMOptimizer:
         penalty = self.penalty(self.step_count)
         ascent = 1.0 if self.form == "coupled" else 1.0 - (1.0 - penalty) ** self.interval
         residual = self.residual()
-        self._tighten(penalty)
-        selects = self._selects(penalty)
+        # z <- Proj(x + u), u <- u + x - z
+        choices = self._choose(penalty)
         entered = []
-        for (pruned, state), select in zip(self._pairs(), selects, strict=True):
-            fisher = self._fisher(pruned)
+        for (pruned, state), choice in zip(self._pairs(), choices, strict=True):
             own = self._own_penalty(pruned, penalty)
             try:
-                entered.append(state.update(pruned.weight, own, fisher, self._scratch, ascent=ascent, select=select))
+                if is_fused(self._device):
+                    entered.append(state.move_to(choice.bits(), pruned.weight, own, ascent=ascent))
+                else:
+                    options: dict[str, Any] = {"ascent": ascent, "select": choice.mask}
+                    entered.append(state.update(pruned.weight, own, self._fisher(pruned), self._scratch, **options))
             except ValueError as error:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
         self.last_residual, self.last_entered = residual, self._added_up(torch.stack(entered).sum())
 
-    def _selects(self, penalty: float) -> list[Select]:
-        def scores(number: int) -> Tensor:
-            pruned = self.weights[number]
-            own = self._own_penalty(pruned, penalty)
-            return self.states[number].scores(pruned.weight, own, self._fisher(pruned), self._scratch)
-
+    def _choose(self, penalty: float) -> list[Choice]:
+        """Decide how many entries of each weight the projection at this penalty keeps, and how its mask is chosen."""
+        sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
+        demand = self.constraint.demand(self.step_count, sharing)
+        # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
+        corrections = self._bias_corrections()
+        sources = [
+            Source(partial(self._scores, i, penalty), partial(self._scored, i, penalty, by), w.structure, by)
+            for i, (w, by) in enumerate(zip(self.weights, corrections, strict=True))
+        ]
         try:
-            return select_masks(self.weights, scores, [state.keep for state in self.states], self.shards)
+            choices, keeps = choose(self.constraint, demand, sources, self.shards, self._device)
         except ValueError as error:
-            raise ValueError(f"projection at step {self.step_count} of {error}") from error
+            raise ValueError(f"projection at step {self.step_count}: {error}") from error
+        for state, keep in zip(self.states, keeps, strict=True):
+            state.keep = keep
+        return choices
+
+    def _scores(self, number: int, penalty: float) -> Tensor:
+        pruned = self.weights[number]
+        own, fisher = self._own_penalty(pruned, penalty), self._fisher(pruned)
+        return self.states[number].scores(pruned.weight, own, fisher, self._scratch)
+
+    def _scored(self, number: int, penalty: float, correction: float | Tensor | None) -> list[Scored]:
+        """What the same is computed from, of each part of a weight on an accelerator."""
+        pruned, state = self.weights[number], self.states[number]
+        weight, inverse = pruned.weight.detach().view(-1), negated_inverse(self._own_penalty(pruned, penalty))
+        moment = self._second_moment(pruned)
+        found = []
+        for start, end in chunks(weight.numel(), weight.device):
+            block = BLOCK
+            fisher: Tensor | MomentPart | None = None
+            if isinstance(moment, SecondMoment):
+                block, fisher = moment.block, moment.part(start, end)
+            elif moment is not None:
+                fisher = in_blocks(moment.reshape(-1)[start:end])
+            x = in_blocks(weight[start:end], block)
+            found.append(Scored(x, state.part(start, end, block), inverse, fisher, correction))
+        return found
+
+    def _first_states(self, form: PenaltyForm, dual: bool, dtype: StateDtype) -> list[ADMMState]:
+        """At magnitude projections, when magnitudes are all that is known."""
+
+        def parts(number: int) -> list[Scored]:
+            weight = self.weights[number].weight.detach().view(-1)
+            return [Scored(in_blocks(weight[start:end])) for start, end in chunks(weight.numel(), weight.device)]
+
+        sources = [
+            Source(partial(self.constraint.magnitudes, i), partial(parts, i), pruned.structure)
+            for i, pruned in enumerate(self.weights)
+        ]
+        demand = self.constraint.demand(0, range(len(self.weights)))
+        choices, keeps = choose(self.constraint, demand, sources, self.shards, self._device)
+        states = []
+        for w, keep, choice, source in zip(self.weights, keeps, choices, sources, strict=True):
+            first = choice.bits() if is_fused(self._device) else pack_bits(choice.mask(source.scores()))
+            options: dict[str, Any] = {"form": form, "dual": dual, "dtype": dtype, "first": first}
+            states.append(ADMMState(w.weight.detach(), keep, w.structure, **options))
+        return states
 
     def _own_penalty(self, pruned: PrunedWeight, penalty: float) -> float:
         # Without a gradient there is no pull, and so no dual.
@@ -249,25 +319,7 @@ class ADMMOptimizer:
 
     def _added_up(self, sums: Tensor) -> Tensor:
         """Over ranks, if weights lie in shards; what there is one rank for is left where it is."""
-        return sums if self.shards.count == 1 else self.shards.add(sums.detach().cpu()).to(sums.device)
-
-    def _tighten(self, penalty: float) -> None:
-        """Decide how many entries of each weight the projection at this penalty keeps."""
-        corrections = self._bias_corrections() if self.constraint.budget else []
-
-        def scores(number: int) -> Tensor:
-            # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
-            pruned = self.weights[number]
-            found = self.states[number].scores(pruned.weight, penalty, self._fisher(pruned), self._scratch)
-            return found if corrections[number] == 1.0 else found.mul_(corrections[number])
-
-        sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
-        try:
-            keeps = self.constraint.at(self.step_count, scores, sharing)
-        except ValueError as error:
-            raise ValueError(f"sharing the budget at step {self.step_count}: {error}") from error
-        for state, keep in zip(self.states, keeps, strict=True):
-            state.keep = keep
+        return sums if self.shards.count == 1 else self.shards.add(sums.detach())
 
     def _freeze(self) -> None:
         self.frozen = True
@@ -288,7 +340,8 @@ class ADMMOptimizer:
 
     def _apply_mask_(self, tensor: Tensor, state: ADMMState) -> None:
         for start, end in chunks(tensor.numel(), tensor.device):
-            state.mask_(start, end, tensor.detach().view(-1)[start:end], self._scratch)
+            entries = in_blocks(tensor.detach().view(-1)[start:end])
+            pull_weight_(entries, state.mask_out(start, end, self._scratch), None, None, is_mask=True)
 
     def _note_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Find first gradients, and drop zeros before them, of which base optimizers would make steps and moments."""
@@ -310,7 +363,7 @@ class ADMMOptimizer:
             self.base.step()
             return
         # Not set for longer: a cycle of references would keep all states in memory until the next garbage collection.
-        self._rounds_once.before_rounding = self._constrain_entries
+        self._rounds_once.before_rounding = self._pull_of
         try:
             self.base.step()
         finally:
@@ -384,21 +437,31 @@ class ADMMOptimizer:
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
 
-    def _bias_corrections(self) -> list[float]:
+    def _bias_corrections(self) -> list[float | Tensor | None]:
         """What each weight's scores are multiplied by, as their second moments are averages that started at zero.
 
-        Only up to a common factor, which changes no ranking: all are 1 when all weights have taken as many steps.
+        Where scores of different weights are compared. Only up to a common factor, which changes no ranking: all are
+        None when all weights have taken as many steps.
         """
-        corrections: dict[int, float] = {}
-        for group in self.base.param_groups:
-            for parameter in group["params"]:
-                moments = self.base.state.get(parameter)
-                if self.projection == "fisher" and moments and id(parameter) in self._state_of:
-                    corrections[id(parameter)] = 1.0 / math.sqrt(1.0 - group["betas"][1] ** float(moments["step"]))
-        largest = max(corrections.values(), default=1.0)
-        return [corrections.get(id(w.weight), largest) / largest for w in self.weights]
+        nothing: list[float | Tensor | None] = [None] * len(self.weights)
+        if self.constraint.budget is None or self.projection == "magnitude":
+            return nothing
+        betas = {id(p): group["betas"][1] for group in self.base.param_groups for p in group["params"]}
+        steps = [self.base.state.get(w.weight, {}).get("step") for w in self.weights]
+        if any(isinstance(step, Tensor) and is_fused(step.device) for step in steps):
+            # torch counts there, and the host does not ask.
+            taken = [torch.ones((), device=self._device) if step is None else step for step in steps]
+            decayed = torch.tensor([betas[id(w.weight)] for w in self.weights], dtype=torch.float64).to(self._device)
+            factors = (1.0 - decayed ** torch.stack(taken).double()).rsqrt()
+            return list((factors / factors.max()).float().unbind())
+        known = [
+            None if step is None else 1.0 / math.sqrt(1.0 - betas[id(w.weight)] ** float(step))
+            for w, step in zip(self.weights, steps, strict=True)
+        ]
+        largest = max((k for k in known if k is not None), default=1.0)
+        return [None if k is None or k == largest else k / largest for k in known]
 
-    def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
+    def _second_moment(self, pruned: PrunedWeight) -> Tensor | SecondMoment | None:
         if self.projection == "magnitude":
             return None
         moments = self.base.state.get(pruned.weight)
@@ -409,6 +472,30 @@ class ADMMOptimizer:
                 f"projection is 'fisher', but {type(self.base).__name__} keeps no second moment (exp_avg_sq); "
                 "use an optimizer of the Adam family, or projection 'magnitude'"
             )
-        fisher: Tensor = moments["exp_avg_sq"]
-        # Optimizers with moments in few bits, ours and torchao's, keep it quantized.
-        return fisher.dequantize() if hasattr(fisher, "codes") else fisher.float()
+        found: Tensor | SecondMoment = moments["exp_avg_sq"]
+        # torchao's, in few bits, is a tensor of its own kind.
+        return found.dequantize() if isinstance(found, Tensor) and hasattr(found, "codes") else found
+
+    def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
+        found = self._second_moment(pruned)
+        return found.dequantize() if isinstance(found, SecondMoment) else None if found is None else found.float()
+
+
+@compiled
+def pull_weight_(weight: Tensor, pull: Pull, noise: Key | None, ok: Tensor | None, *, is_mask: bool) -> None:
+    """:func:`~elsa_modifier.admm.state.pull_` on a part of a weight, fp32 or bf16, which is rounded stochastically.
+
+    :param noise: on an accelerator
+    :param ok: zero-dimensional bool: where it is False all stays as it is
+    :param is_mask: whether nothing has to be rounded
+    """
+    if ok is None and (is_mask or weight.dtype == torch.float32):
+        pull_(weight, pull)
+        return
+    buffer = None if pull.scratch is None else pull.scratch.weight[: weight.numel()].view(weight.shape)
+    values = weight.to(torch.float32, copy=True) if buffer is None else buffer.copy_(weight)
+    pull_(values, pull)
+    if weight.dtype != torch.float32:
+        drawn = uniform_int16(values) if noise is None else hashed_int16(noise, values.shape, values.device)[0]
+        values = rounded_stochastically(values, drawn)
+    weight.copy_(values if ok is None else torch.where(ok, values, weight.float()))

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from elsa_modifier.admm.selection import fault_message, largest_mask
 
-__all__ = ["MaskStructure", "parse_mask_structure", "projection_scores", "scores_beyond_pattern", "sparse_mask"]
+__all__ = [
+    "MaskStructure",
+    "largest_of_each_group",
+    "parse_mask_structure",
+    "projection_scores",
+    "scores_beyond_pattern",
+    "sparse_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -102,21 +109,25 @@ def _pattern(scores: Tensor, structure: MaskStructure) -> Tensor:
     # NaN wins a maximum as infinity does, so one reduction finds both.
     if scores.numel() and not torch.isfinite(scores.amax()):
         raise ValueError(f"the scores to project {fault_message('not finite')}")
-    return _largest_of_each_group(scores, structure)
+    return largest_of_each_group(scores, structure)
 
 
-def _largest_of_each_group(scores: Tensor, structure: MaskStructure) -> Tensor:
+def largest_of_each_group(scores: Tensor, structure: MaskStructure) -> Tensor:
+    """Boolean mask of what an N:M structure leaves: groups lie along the last dimension.
+
+    :raises ValueError: if the group does not divide it
+    """
     size = structure.group
     if scores.shape[-1] % size:
         raise ValueError(
             f"mask structure {structure} needs an input dimension divisible by {size}, not {scores.shape[-1]}"
         )
-    groups = scores.unflatten(-1, (-1, size))
+    entries = scores.unflatten(-1, (-1, size)).unbind(-1)
     # The rank of an entry is how many of its group beat it: exact for ties, and no sort.
-    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
     for i in range(size):
         for j in range(i + 1, size):
-            first_wins = groups[..., i] >= groups[..., j]
-            rank[..., j] += first_wins
-            rank[..., i] += ~first_wins
-    return (rank < size - structure.zeroed).flatten(-2)
+            first_wins = entries[i] >= entries[j]
+            ranks[j] += first_wins
+            ranks[i] += ~first_wins
+    return torch.stack([rank < size - structure.zeroed for rank in ranks], dim=-1).flatten(-2)

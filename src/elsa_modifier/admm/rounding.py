@@ -9,16 +9,26 @@ Ranks that hold the same entries of a weight then round them alike, and rows are
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Place", "keyed_int16", "round_stochastically_", "uniform_int16"]
+__all__ = [
+    "Key",
+    "Place",
+    "drawn_key",
+    "hashed_int16",
+    "key_of",
+    "keyed_int16",
+    "round_stochastically_",
+    "rounded_stochastically",
+    "uniform_int16",
+]
 
 _INT64 = torch.iinfo(torch.int64)
 # Entries that one seed draws for. Of a block that is cut by the end of a rank's rows all is drawn.
-_CPU_BLOCK = 1 << 16
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -35,17 +45,66 @@ class Place:
     entries: int
 
 
+class Key(NamedTuple):
+    """What hashed noise is a function of, beside the entry: two halves, int32, and the first entry, int64.
+
+    Zero-dimensional tensors in main memory, so that an update is not compiled for each.
+    """
+
+    low: Tensor
+    high: Tensor
+    offset: Tensor
+
+
+def key_of(key: tuple[int, ...], place: Place, start: int) -> Key:
+    """See :func:`hashed_int16`: of the entries from ``start`` on of a tensor.
+
+    :param key: what the numbers depend on beside the entries: seed, step
+    """
+    mixed = _mixed(*key, place.tensor)
+    low, high = (torch.tensor(half - (1 << 31), dtype=torch.int32) for half in (mixed & (2**32 - 1), mixed >> 32))
+    return Key(low, high, torch.tensor(place.offset + start))
+
+
+def drawn_key() -> Key:
+    """A key of torch's generator in main memory."""
+    drawn = torch.randint(-(1 << 31), 1 << 31, (2,)).to(torch.int32)
+    return Key(drawn[0], drawn[1], torch.tensor(0))
+
+
+def hashed_int16(key: Key, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two numbers over all of int16 for each entry, by a hash of its index: int32 of this shape.
+
+    An accelerator computes them where they are needed, and reads and writes nothing for them. The hash is two rounds of
+    a multiplicative one whose bits each depend on every bit of the index.
+    """
+    index = torch.arange(shape.numel(), device=device).view(shape) + key.offset
+    mixed = _hashed(_hashed(index.to(torch.int32) ^ key.low) ^ key.high)
+    # The shift of a signed number keeps its sign: the upper half is an int16 as it is.
+    return (mixed << 16) >> 16, mixed >> 16
+
+
+def _hashed(x: Tensor) -> Tensor:
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
 @torch.no_grad()
 def round_stochastically_(target: Tensor, values: Tensor, noise: Tensor | None = None) -> None:
     """Write fp32 ``values``, which are overwritten, to ``target``, bf16 of the same shape. Values must be finite.
 
-    :param noise: int16 of the same shape, uniform over all of int16; None draws it
+    :param noise: int16, or int32 in its range, of the same shape, uniform over all of int16; None draws it
     """
+    target.copy_(rounded_stochastically(values, uniform_int16(values) if noise is None else noise))
+
+
+def rounded_stochastically(values: Tensor, noise: Tensor) -> Tensor:
+    """The values, which are overwritten, rounded to what bf16 holds."""
     bits = values.view(torch.int32)
     # Uniform below one unit in bf16's last place: int16 is as uniform, half a unit lower.
-    bits.add_(uniform_int16(values) if noise is None else noise).add_(1 << 15)
-    bits.bitwise_and_(-(1 << 16))
-    target.copy_(values)
+    bits.add_(noise).add_(1 << 15)
+    return bits.bitwise_and_(-(1 << 16)).view(torch.float32)
 
 
 def uniform_int16(like: Tensor) -> Tensor:
@@ -56,16 +115,15 @@ def uniform_int16(like: Tensor) -> Tensor:
 def keyed_int16(key: tuple[int, ...], place: Place, start: int, end: int, device: torch.device) -> Tensor:
     """The noise of entries ``start`` to ``end`` of a tensor: (end - start,), a function of its arguments alone.
 
-    Which devices draw the same numbers is not said: ranks have devices of one kind.
+    In main memory, where drawing is faster than :func:`hashed_int16`.
 
     :param key: what the numbers depend on beside the entries: seed, step, purpose
     """
-    block = _CPU_BLOCK if device.type == "cpu" else _BLOCK
     start, end = start + place.offset, end + place.offset
     parts = []
-    for first in range(start // block * block, end, block):
+    for first in range(start // _BLOCK * _BLOCK, end, _BLOCK):
         generator = torch.Generator(device).manual_seed(_mixed(*key, place.tensor, first))
-        drawn = _draw(min(block, place.entries - first), device, generator)
+        drawn = _draw(min(_BLOCK, place.entries - first), device, generator)
         parts.append(drawn[max(start - first, 0) : end - first])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""A tensor held in few bits an entry, written and read a chunk at a time: ``Q(t) = (round(t / s), s)``.
+"""A tensor held in few bits an entry, written and read in parts: ``Q(t) = (round(t / s), s)``.
 
 ELSA-L (arXiv 2510.01650, section 3.4) keeps the ADMM state in such formats, and computes in fp32. The scale ``s`` is
 ``max|t| / v_max``, of every block of 256 entries: magnitudes differ by orders within a tensor, and one scale for all of
@@ -7,32 +7,33 @@ their own, since ``z`` and ``u`` live at different magnitudes.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elsa_modifier.admm.bitmask import select_by_bits
+from elsa_modifier.admm.placement import is_fused
 
 __all__ = [
     "BLOCK",
     "Scratch",
     "StateDtype",
+    "Stored",
     "StoredPair",
     "as_float",
-    "block_maxima",
     "chunks",
+    "in_blocks",
     "padded",
-    "scale_blocks_",
+    "read_stored",
+    "write_stored",
 ]
 
 StateDtype = Literal["fp32", "bf16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
 BLOCK = 256
-# Entries that are worked on at once: on a CPU they stay in its cache, elsewhere temporaries stay small.
+# Entries that are worked on at once in main memory: they stay in a core's cache.
 _CPU_CHUNK = 1 << 18
-_CHUNK = 1 << 24
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -51,9 +52,37 @@ def padded(entries: int, block: int = BLOCK) -> int:
 
 @functools.cache
 def chunks(entries: int, device: torch.device) -> list[tuple[int, int]]:
-    """Start and end of the chunks of a flat tensor; each starts at a whole block."""
-    size = _CPU_CHUNK if device.type == "cpu" else _CHUNK
-    return [(start, min(start + size, entries)) for start in range(0, entries, size)]
+    """Start and end of the parts of a flat tensor that an update works on: whole blocks, and then what is left of one.
+
+    Where updates are compiled the whole blocks are one part.
+    """
+    whole = entries // BLOCK * BLOCK
+    size = max(whole, 1) if is_fused(device) else _CPU_CHUNK
+    edges = [(start, min(start + size, whole)) for start in range(0, whole, size)]
+    return edges + [(whole, entries)] * (whole < entries)
+
+
+def in_blocks(part: Tensor, block: int = BLOCK) -> Tensor:
+    """A part as :func:`chunks` gives them, flat, as (rows, blocks in a row, entries of a block): a view.
+
+    Every update has its tensors in this shape, in which a scale of each block is (rows, blocks in a row, 1).
+
+    :param block: entries that share a scale; divides ``BLOCK``
+    """
+    if part.numel() % BLOCK == 0:
+        return part.view(-1, BLOCK // block, block)
+    return part.view(1, -1, min(block, part.numel()))
+
+
+class Stored(NamedTuple):
+    """A part of a :class:`StoredPair`: views.
+
+    :param codes: as :func:`in_blocks` gives them
+    :param scales: of entries outside the mask and, if those inside are stored too, inside: (rows, 1, 1) each
+    """
+
+    codes: Tensor
+    scales: tuple[Tensor, ...]
 
 
 class StoredPair:
@@ -81,48 +110,58 @@ class StoredPair:
         scales = {f"scale{kind}": (scale, BLOCK) for kind, scale in enumerate(self._scales)}
         return {"codes": (self._codes, 1)} | scales
 
-    def read(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
-        """Entries ``start`` to ``end`` of the tensor, fp32: a view of the storage or of ``scratch``, to be read only.
+    def part(self, start: int, end: int, block: int = BLOCK) -> Stored:
+        """Entries ``start`` to ``end``, of which ``block`` are a block of what else is computed with."""
+        rows = slice(start // BLOCK, padded(end) // BLOCK)
+        codes = in_blocks(self._codes[start:end], block)
+        return Stored(codes, tuple(scale[rows].view(-1, 1, 1) for scale in self._scales))
 
-        :param bits: the mask of these entries, packed
-        """
-        codes = self._codes[start:end]
-        if codes.dtype == torch.float32:
-            return codes
-        values = as_float(codes, scratch.stored[: end - start])
-        if self._scales:
-            scale_blocks_(values, self._entry_scales(start, end, bits, scratch), torch.Tensor.mul_)
-        return values
 
-    def write(self, start: int, end: int, values: Tensor, bits: Tensor, scratch: "Scratch") -> None:
-        """Store fp32 ``values``, which may be overwritten, as entries ``start`` to ``end``."""
-        if self._scales:
-            largest = _LARGEST[self._codes.dtype]
-            for kind, scale in enumerate(self._scales):
-                # One kind alone has zeros for the other.
-                of_kind = values
-                if len(self._scales) > 1:
-                    of_kind = values * select_by_bits(bits, values.shape, float(kind), 1.0 - kind, scratch.selection)
-                scale[start // BLOCK : padded(end) // BLOCK] = block_maxima(of_kind) / largest
-            scales = self._entry_scales(start, end, bits, scratch)
-            scale_blocks_(values, torch.where(scales == 0, 1.0, scales), torch.Tensor.div_)
-            if self._codes.dtype == torch.int8:
-                values.round_()
-        self._codes[start:end].copy_(values)
+def read_stored(stored: Stored, bits: Tensor, scratch: "Scratch | None") -> Tensor:
+    """Its entries, fp32: the storage itself or memory of ``scratch``, to be read only.
 
-    def _entry_scales(self, start: int, end: int, bits: Tensor, scratch: "Scratch") -> Tensor:
-        """Scales that broadcast to (blocks, BLOCK): (blocks, 1), or (blocks, BLOCK) where there are two kinds."""
-        outside, *inside = (scale[start // BLOCK : padded(end) // BLOCK, None] for scale in self._scales)
-        if not inside:
-            return outside
-        is_inside = select_by_bits(bits, torch.Size([8 * bits.numel()]), 1.0, 0.0, scratch.selection)
-        padding = padded(end - start) - is_inside.numel()
-        is_inside = torch.nn.functional.pad(is_inside, (0, padding)).view(-1, BLOCK)
-        return torch.addcmul(outside, is_inside, inside[0] - outside)
+    :param bits: the mask of these entries, packed
+    """
+    codes = stored.codes
+    if codes.dtype == torch.float32:
+        return codes
+    values = as_float(codes, None if scratch is None else scratch.stored)
+    return values.mul_(_entry_scales(stored, bits, scratch)) if stored.scales else values
+
+
+def write_stored(stored: Stored, values: Tensor, bits: Tensor, scratch: "Scratch | None") -> None:
+    """Store fp32 ``values``, which may be overwritten."""
+    if stored.scales:
+        largest = _LARGEST[stored.codes.dtype]
+        for kind, scale in enumerate(stored.scales):
+            # One kind alone has zeros for the other.
+            of_kind = values
+            if len(stored.scales) > 1:
+                chosen = select_by_bits(bits, values.shape, float(kind), 1.0 - kind, _selection(scratch))
+                of_kind = values * chosen
+            scale.copy_(of_kind.abs().amax(dim=(1, 2), keepdim=True) / largest)
+        scales = _entry_scales(stored, bits, scratch)
+        values.div_(torch.where(scales == 0, 1.0, scales))
+        if stored.codes.dtype == torch.int8:
+            values.round_()
+    stored.codes.copy_(values)
+
+
+def _entry_scales(stored: Stored, bits: Tensor, scratch: "Scratch | None") -> Tensor:
+    """Scales that broadcast to the entries."""
+    outside, *inside = stored.scales
+    if not inside:
+        return outside
+    is_inside = select_by_bits(bits, stored.codes.shape, 1.0, 0.0, _selection(scratch))
+    return torch.addcmul(outside, is_inside, inside[0] - outside)
+
+
+def _selection(scratch: "Scratch | None") -> Tensor | None:
+    return None if scratch is None else scratch.selection
 
 
 class Scratch:
-    """fp32 buffers that every weight of a device shares.
+    """fp32 buffers that every weight in main memory shares: new memory for each chunk would cost as much as its work.
 
     :param largest: entries of the largest weight
     """
@@ -135,9 +174,12 @@ class Scratch:
         self.whole = torch.empty(largest, device=device)
 
 
-def as_float(codes: Tensor, out: Tensor) -> Tensor:
-    """Codes of any of the formats as fp32, written to ``out``."""
-    if codes.device.type != "cpu" or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+def as_float(codes: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Codes of any of the formats as fp32, in memory of ``buffer`` or their own."""
+    if is_fused(codes.device):
+        return codes.float()
+    out = torch.empty(codes.shape) if buffer is None else buffer[: codes.numel()].view(codes.shape)
+    if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return out.copy_(codes)
     # By way of fp16: a tenth of the time that a CPU takes to convert fp8. e5m2 is the upper half of an fp16; all bits
     # of e4m3 but the sign lie one lower, and mean 2^8 times as much there.
@@ -145,20 +187,3 @@ def as_float(codes: Tensor, out: Tensor) -> Tensor:
     if codes.dtype == torch.float8_e5m2:
         return out.copy_(bits.bitwise_left_shift_(8).view(torch.float16))
     return out.copy_(bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16)).mul_(256.0)
-
-
-def scale_blocks_(
-    values: Tensor, scales: Tensor, scale_: Callable[[Tensor, Tensor], Tensor], block: int = BLOCK
-) -> None:
-    """``scale_`` (entries,) values in place by (blocks, 1 or ``block``) scales; the last block may be short."""
-    whole = values.numel() // block
-    scale_(values[: whole * block].view(-1, block), scales[:whole])
-    rest = values[whole * block :]
-    if rest.numel():
-        scale_(rest, scales[whole].expand(block)[: rest.numel()])
-
-
-def block_maxima(values: Tensor, block: int = BLOCK) -> Tensor:
-    """``max|t|`` of every block of a flat tensor, (blocks,); the last block may be short."""
-    padding = -values.numel() % block
-    return torch.nn.functional.pad(values.abs(), (0, padding)).view(-1, block).amax(dim=1)

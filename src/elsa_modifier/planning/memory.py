@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from elsa_modifier.admm.placement import is_fused
 from elsa_modifier.admm.storage import BLOCK, StoredPair, chunks
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.training.model_state import trained_dtype
@@ -48,7 +49,7 @@ class MemoryPlan:
     :param gradients: of all weights, or of the largest one if they are released one by one
     :param optimizer: the base optimizer's moments
     :param teacher: the dense copy that the objective compares with
-    :param admm_state: the ADMM pair, the mask's bits and the scratch buffers
+    :param admm_state: the ADMM pair, the mask's bits and, on a CPU, scratch buffers
     :param activations: what forward, backward or a projection holds beyond all of these
     :param gathered: whole layers of a sharded model, as several GPUs put them together to compute
     """
@@ -123,6 +124,11 @@ def _teacher_bytes(parameters: Sequence[tuple[int, ...]]) -> int:
 
 
 def _scratch_bytes(largest: int, device: torch.device) -> int:
-    """:class:`~elsa_modifier.admm.storage.Scratch`: one buffer of the largest weight's size, three of a chunk's."""
+    """:class:`~elsa_modifier.admm.storage.Scratch`: one buffer of the largest weight's size, three of a chunk's.
+
+    Compiled updates need none.
+    """
+    if is_fused(device):
+        return 0
     chunk = max(end - start for start, end in chunks(largest, device))
     return 4 * (largest + 3 * (-(-chunk // BLOCK) * BLOCK))

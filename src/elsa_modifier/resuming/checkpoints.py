@@ -1,7 +1,7 @@
 """Making training checkpoints while a run is under way, and going on from one."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,23 +91,28 @@ class TrainingCheckpoints:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="elsa-checkpoint")
         self._pending: Future[None] | None = None
 
-    def after_step(self, record: StepRecord) -> None:
-        """Write what is due.
-
-        :raises TrainingStopped, SystemExit: if there was a request to stop, once the checkpoint is complete
-        """
+    def log(self, record: StepRecord) -> None:
+        """Tell the metrics of a step."""
         if self._metrics is not None:
             self._metrics.log(record)
+
+    def after_step(self, step: int, catch_up: Callable[[], None]) -> None:
+        """Write what is due.
+
+        :param catch_up: completes the history
+        :raises TrainingStopped, SystemExit: if there was a request to stop, once the checkpoint is complete
+        """
         if self._every is None:
             return
         if self._pending is not None and self._pending.done():
             self._wait()
-        signal, due = largest_of([self._request.signal, self._is_due(record.step)], self._agreement)
-        is_last = record.step == self._run.steps
+        signal, due = largest_of([self._request.signal, self._is_due(step)], self._agreement)
+        is_last = step == self._run.steps
         if signal or due or is_last:
-            self._save(record.step, at_once=bool(signal) or is_last)
+            catch_up()
+            self._save(step, at_once=bool(signal) or is_last)
         if signal:
-            logger.warning(f"Stopped after step {record.step} of {self._run.steps}. {self.left_behind()}")
+            logger.warning(f"Stopped after step {step} of {self._run.steps}. {self.left_behind()}")
             stop(signal)
 
     def left_behind(self) -> str:

@@ -85,7 +85,7 @@ class Moment(Packed):
         return self.moment.dequantize()
 
     def pack_(self, values: Tensor) -> None:
-        self.moment.write(0, values.numel(), values.float().flatten().clone())
+        self.moment.quantize_(values.float())
 
     def whole(self) -> "Moment":
         empty = torch.empty(self.parameter.shape, device=self.parameter.device)

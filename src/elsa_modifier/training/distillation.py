@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from elsa_modifier.training.data import IGNORED_LABEL
 from elsa_modifier.training.layers import layer_outputs
 from elsa_modifier.training.model_state import trained_dtype
-from elsa_modifier.training.objective import TokenRows, chunk_rows, count_targets, sum_over_tokens, token_rows
+from elsa_modifier.training.objective import TokenRows, chunk_rows, sum_over_tokens, token_rows
 from elsa_modifier.training.precision import teacher_dtype
 
 __all__ = ["Distillation", "copy_as_teacher"]
@@ -81,7 +81,7 @@ class Distillation:
             seen = batch.get("attention_mask", torch.ones_like(batch["labels"])).float()
             # A mean over positions, counted as often as tokens are predicted.
             mean = (of_position * seen).sum() / seen.sum()
-            loss = loss + self._hidden * count_targets(batch["labels"]) * mean
+            loss = loss + self._hidden * (batch["labels"][:, 1:] != IGNORED_LABEL).sum() * mean
         return loss
 
     def _hidden_states_of(self, model: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -15,9 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from elsa_modifier.admm.optimizer import ADMMOptimizer
-from elsa_modifier.training.data import BatchSource
+from elsa_modifier.admm.placement import is_fused
+from elsa_modifier.training.data import IGNORED_LABEL, BatchSource
 from elsa_modifier.training.gradient_release import releasing_gradients
-from elsa_modifier.training.objective import Objective, count_targets, next_token_loss
+from elsa_modifier.training.late import LateReads, to_device
+from elsa_modifier.training.objective import PREDICTED, Objective, count_targets, next_token_loss
 from elsa_modifier.training.parallel import Alone
 from elsa_modifier.training.precision import Precision
 
@@ -73,8 +75,15 @@ class TrainingStopped(KeyboardInterrupt):
 class StepWatcher(Protocol):
     """What looks on, and keeps what a stopped run can go on from."""
 
-    def after_step(self, record: StepRecord) -> None:
-        """Called after each step, before the next."""
+    def log(self, record: StepRecord) -> None:
+        """Called with the record of each step, in order, some steps later where weights are on an accelerator."""
+
+    def after_step(self, step: int, catch_up: Callable[[], None]) -> None:
+        """Called after each step, from 1, before the next.
+
+        :param catch_up: to be called before the history is read, or weights are saved: completes it, and raises
+            :class:`TrainingDiverged` if a loss was not finite
+        """
 
     def left_behind(self) -> str:
         """What there is to go on from once training has failed, as a sentence."""
@@ -98,6 +107,9 @@ def train(
 ) -> None:
     """Run the optimizer steps that it has not taken yet, up to ``steps``, and append a record of each to ``history``.
 
+    On an accelerator the host does not wait for a step: losses and norms are read two steps later. A step whose loss or
+    norm is not finite changes nothing there, so that what is refused later has not spread.
+
     :param model: in training mode, on ``device``, fp32 parameters
     :param objective: what is minimized
     :param max_grad_norm: clip the global gradient norm to this; None does not clip
@@ -115,9 +127,11 @@ def train(
     first = optimizer.step_count
     started = time.perf_counter() - (history[-1].seconds if first else 0.0)
     seen = sum(record.tokens for record in history) if first else 0
-    shown_residual = ""
     releasing = releasing_gradients(optimizer, parallel) if gradient_release else nullcontext()
     show = parallel.is_first
+    reads = LateReads(device)
+    # Otherwise a step waits until it is known whether it may be taken.
+    skips = reads.is_late and optimizer.can_skip
     with (
         _telling_where_it_stopped(optimizer, steps, watcher),
         tqdm(initial=first, total=steps, desc="ELSA", unit="step", dynamic_ncols=True, disable=not show) as bar,
@@ -136,48 +150,64 @@ def train(
                 for parameter in parameters:
                     optimizer.mask_gradient_(parameter)
                 norm = parallel.total_norm()
-                mean_loss, grad_norm = _finite(step, learning_rate, loss, norm)
-                if max_grad_norm is not None and grad_norm > max_grad_norm:
+                ok = torch.isfinite(loss) & torch.isfinite(norm) if skips else None
+                if not skips:
+                    _, grad_norm = _finite(step, learning_rate, *_read(loss, norm))
+                if max_grad_norm is not None and (skips or grad_norm > max_grad_norm):
                     nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
                 with parallel.drawing(step):
-                    optimizer.step()
+                    optimizer.step(ok)
             else:
                 (batch,) = parallel.part_of(micro_batches)
                 own_loss = _loss(model, objective, batch, tokens, precision, device)
                 loss = parallel.sum_of_parts(own_loss.detach())
-                _finite(step, learning_rate, loss, torch.zeros_like(loss))
+                _finite(step, learning_rate, *_read(loss, torch.zeros_like(loss)))
                 own_loss.backward()
-                mean_loss, grad_norm = _finite(
-                    step, learning_rate, loss, release.finish(), "weights have been changed in this step"
-                )
+                norm = release.finish()
+                _finite(step, learning_rate, *_read(loss, norm), "weights have been changed in this step")
             scheduler.step()
             optimizer.zero_grad()
             seen += tokens
-            projected = optimizer.projection_count > projections
-            residual = float(optimizer.last_residual) if projected else None
-            if residual is not None:
-                shown_residual = f" residual {residual:.3f}"
-            seconds = time.perf_counter() - started
-            record = StepRecord(
-                step=step + 1,
-                loss=mean_loss,
-                learning_rate=learning_rate,
-                penalty=penalty,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=round(seconds, 3),
-                sparsity=optimizer.sparsity if optimizer.frozen else 0.0,
-                residual=residual,
-                mask_entered=int(optimizer.last_entered) if projected else None,
-            )
-            history.append(record)
-            bar.set_postfix_str(
-                f"loss {mean_loss:.3f}{shown_residual} penalty {penalty:.2g} "
-                f"sparsity {record.sparsity:.3f} {seen / seconds:,.0f} tok/s"
-            )
-            bar.update()
+            seconds = round(time.perf_counter() - started, 3)
+            numbers = [loss, norm]
+            if optimizer.projection_count > projections:
+                numbers += [optimizer.last_residual, optimizer.last_entered]
+            known: dict[str, Any] = {
+                "step": step + 1,
+                "learning_rate": learning_rate,
+                "penalty": penalty,
+                "tokens": tokens,
+                "seconds": seconds,
+                "sparsity": optimizer.sparsity if optimizer.frozen else 0.0,
+            }
+
+            def tell(found: list[float], known: dict[str, Any] = known, seen: int = seen) -> None:
+                mean_loss, grad_norm, *of_projection = found
+                _finite(known["step"] - 1, known["learning_rate"], mean_loss, grad_norm)
+                residual, entered = (of_projection[0], int(of_projection[1])) if of_projection else (None, None)
+                record = StepRecord(
+                    loss=mean_loss, grad_norm=grad_norm, residual=residual, mask_entered=entered, **known
+                )
+                history.append(record)
+                show_step(bar, record, seen)
+                if watcher is not None:
+                    watcher.log(record)
+
+            reads.read(torch.stack([number.double() for number in numbers]), tell)
             if watcher is not None:
-                watcher.after_step(record)
+                watcher.after_step(step + 1, reads.finish)
+        reads.finish()
+
+
+def show_step(bar: tqdm, record: StepRecord, seen: int) -> None:
+    """Have a progress bar show a step."""
+    if record.residual is not None:
+        bar.residual = f" residual {record.residual:.3f}"
+    bar.set_postfix_str(
+        f"loss {record.loss:.3f}{getattr(bar, 'residual', '')} penalty {record.penalty:.2g} "
+        f"sparsity {record.sparsity:.3f} {seen / max(record.seconds, 1e-3):,.0f} tok/s"
+    )
+    bar.update()
 
 
 @contextmanager
@@ -218,7 +248,16 @@ def _loss(
 ) -> Tensor:
     """Over the tokens of the whole step, so that accumulation does not change the result."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return objective(model, {key: value.to(device) for key, value in batch.items()}) / tokens
+        return objective(model, _on_device(batch, device)) / tokens
+
+
+def _on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """With the positions of predicted tokens, if some are not: an accelerator would have the host wait for them."""
+    if is_fused(device):
+        predicted = batch["labels"][:, 1:].flatten() != IGNORED_LABEL
+        if 0 < int(predicted.sum()) < len(predicted):
+            batch = batch | {PREDICTED: predicted.nonzero()[:, 0]}
+    return {key: to_device(value, device) for key, value in batch.items()}
 
 
 def _accumulate_gradients(
@@ -238,14 +277,18 @@ def _accumulate_gradients(
     return total
 
 
+def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    mean_loss, grad_norm = torch.stack([loss, norm.float()]).tolist()
+    return mean_loss, grad_norm
+
+
 def _finite(
     step: int,
     learning_rate: float,
-    loss: Tensor,
-    norm: Tensor,
+    mean_loss: float,
+    grad_norm: float,
     consequence: str = "no weight was changed in this step",
 ) -> tuple[float, float]:
-    mean_loss, grad_norm = torch.stack([loss, norm.float()]).tolist()
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise TrainingDiverged(
             f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}. Lower lr (now {learning_rate:g}), add "

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
+from elsa_modifier.admm.placement import is_fused
 from elsa_modifier.training.chunks import sum_in_chunks
 from elsa_modifier.training.data import IGNORED_LABEL
 from elsa_modifier.training.tail import run_body, tail_disagrees
 
 __all__ = [
     "CHUNK_BYTES",
+    "PREDICTED",
     "Objective",
     "TokenRows",
     "chunk_rows",
@@ -37,6 +39,10 @@ length), ``IGNORED_LABEL`` where nothing is predicted."""
 CHUNK_BYTES = 2**29
 """Of a chunk's logits in fp32; the loss holds some four such tensors. With smaller chunks the head's gradient, as large
 as the head, is added up more often: what that takes does not depend on the tokens."""
+
+PREDICTED = "elsa_predicted"
+"""Of a batch on an accelerator, if some of its tokens are not predicted: the positions of those that are, (tokens,), of
+labels without each sequence's first, flattened. No input of a model."""
 
 _in_chunks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
@@ -87,7 +93,7 @@ def token_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], size: int | 
 
     :param size: see :func:`chunk_rows`
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", PREDICTED)}
     targets = batch["labels"][:, 1:].flatten()
     split = run_body(model, inputs) if size is not None else None
     if split is None:
@@ -95,10 +101,13 @@ def token_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], size: int | 
         return TokenRows(logits, lambda part: part, targets, None)
     hidden, tail = split
     rows = hidden[:, :-1].flatten(0, 1)
-    predicted = targets != IGNORED_LABEL
-    # Where tensors have no values, as in a plan, no sum is known and all rows stay.
-    if 0 < int(predicted.sum()) < len(targets):
-        rows, targets = rows[predicted], targets[predicted]
+    if PREDICTED in batch:
+        rows, targets = (tensor.index_select(0, batch[PREDICTED]) for tensor in (rows, targets))
+    elif not is_fused(targets.device):
+        predicted = targets != IGNORED_LABEL
+        # Where tensors have no values, as in a plan, no sum is known and all rows stay.
+        if 0 < int(predicted.sum()) < len(targets):
+            rows, targets = rows[predicted], targets[predicted]
     return TokenRows(rows, tail, targets, size)
 
 

@@ -54,9 +54,9 @@ class Ranks:
         return self.rank == 0
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of a tensor in main memory, a new one."""
+        """The sum over ranks of a tensor, a new one where it is; on an accelerator the host does not wait for it."""
         total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total, group=self.group if total.device.type == "cpu" else None)
         return total
 
     def from_first(self, value: Any) -> Any:

@@ -1,25 +1,10 @@
-"""Adam with moments in 8 bits whose second one does not stand still.
+"""Adam in fp32 arithmetic on moments in 8 bits (see :mod:`elsa_modifier.admm.moments`): a step of each weight at once.
 
-With ``beta2`` 0.999 the second moment moves by some 0.1% in a step. 8-bit values lie 6-12% apart: rounded to the
-nearest, an entry that should grow beside the largest of its block stays where it is. Here it is rounded up or down with
-probabilities that make the expectation the value itself. Its format has no sign, 5 bits of exponent, 3 of mantissa, and
-a scale for every block of at most 256 entries, and reaches over 32 binary orders of magnitude; fp8's 4 bits of exponent
-reach over 18. What it costs: docs/results/state_formats.md.
-
-The first moment, which moves by 10% in a step, is ``float8_e4m3fn``, rounded to the nearest.
-
-A step is the first moment over the root of the second, and Cauchy-Schwarz bounds it where both are exact: by 7.3
-times ``lr`` at the usual decay rates, by 3.2 for a lone gradient. A second moment of 0 beside a first one that is not
-would take the bound away. So what is positive is never stored as 0, but as ``2^-32`` of its block's largest at least.
-Its root is ``1.5e-5``, about the most that a first moment can be and fail to decay, being rounded to the nearest again
-and again: 4 steps of its smallest, ``1.7e-5`` of its block's largest. And blocks do not run across rows, where the
-width allows: in an embedding the tokens of neighbouring rows have nothing in common, one seen in every batch, the other
-never.
+On an accelerator a step is one kernel, which reads and writes each byte once. In main memory it goes through a weight
+in chunks.
 """
 
-import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,124 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_modifier.admm.rounding import Place, keyed_int16, round_stochastically_, uniform_int16
-from elsa_modifier.admm.storage import BLOCK, as_float, block_maxima, chunks, padded, scale_blocks_
+from elsa_modifier.admm.moments import (
+    FirstMoment,
+    MomentPart,
+    SecondMoment,
+    moment_block,
+    read_first,
+    read_second,
+    write_first_,
+    write_second_,
+)
+from elsa_modifier.admm.placement import compiled, is_fused
+from elsa_modifier.admm.rounding import (
+    Key,
+    Place,
+    drawn_key,
+    hashed_int16,
+    key_of,
+    keyed_int16,
+    rounded_stochastically,
+    uniform_int16,
+)
+from elsa_modifier.admm.state import Pull, pull_
+from elsa_modifier.admm.storage import chunks, in_blocks
 
 __all__ = ["FirstMoment", "SecondMoment", "StochasticAdam", "moment_block"]
 
-_SMALLEST_BLOCK = 32
-# A second moment's smallest value, 2^-32 of it, is still a normal float.
-_SMALLEST_SCALE = 2.0**-94
-
-# Of a float's bits, what an 8-bit second moment drops, and the code of 1.0, a block's largest, before it is made 255.
-_DROPPED = 20
-_CODE_OF_ONE = 127 << 3
-
-
-def moment_block(shape: Sequence[int]) -> int:
-    """Entries of a block: the largest power of two up to 256 that divides the width of a row.
-
-    256, across rows, for vectors and where that power would be less than 32, whose scales would take too much.
-    """
-    width = shape[-1] if len(shape) > 1 else BLOCK
-    block = math.gcd(width, BLOCK)
-    return block if block >= _SMALLEST_BLOCK else BLOCK
-
-
-class _Moment(ABC):
-    """A flat tensor in one byte an entry, and a scale for each block.
-
-    :param codes: zeros, (entries,) in the dtype of the codes
-    :param shape: of the parameter
-    """
-
-    def __init__(self, codes: Tensor, shape: torch.Size) -> None:
-        self.codes = codes
-        self._block = moment_block(shape)
-        self.scale = torch.zeros(padded(codes.numel(), self._block) // self._block, device=codes.device)
-        self._shape = shape
-
-    @property
-    def block(self) -> int:
-        """Entries that share a scale."""
-        return self._block
-
-    def dequantize(self) -> Tensor:
-        """All of it: fp32, the shape of the parameter."""
-        return self.read(0, self.codes.numel()).view(self._shape)
-
-    def read(self, start: int, end: int) -> Tensor:
-        """Entries ``start``, a multiple of 256, to ``end``: fp32, a new tensor."""
-        values = self._decode(self.codes[start:end])
-        scale_blocks_(values, self._scales_of(start, end), torch.Tensor.mul_, self._block)
-        return values
-
-    def write(self, start: int, end: int, values: Tensor, noise: Tensor | None = None) -> None:
-        """Store fp32 ``values``, which are overwritten; ``noise`` is for the moment that is rounded stochastically."""
-        scales = self._scales_of(start, end)
-        scales.copy_(block_maxima(values, self._block)[:, None]).clamp_min_(_SMALLEST_SCALE)
-        scale_blocks_(values, scales, torch.Tensor.div_, self._block)
-        self._encode(values, self.codes[start:end], noise)
-
-    def _scales_of(self, start: int, end: int) -> Tensor:
-        return self.scale[start // self._block : padded(end, self._block) // self._block, None]
-
-    @abstractmethod
-    def _decode(self, codes: Tensor) -> Tensor:
-        """The values of codes, from -1 to 1: fp32, a new tensor."""
-
-    @abstractmethod
-    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
-        """Write the codes of values from -1 to 1, which may be overwritten."""
-
-
-class FirstMoment(_Moment):
-    """In ``float8_e4m3fn``, a block's largest as 448, rounded to the nearest."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        codes = torch.zeros(parameter.numel(), dtype=torch.float8_e4m3fn, device=parameter.device)
-        super().__init__(codes, parameter.shape)
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        return as_float(codes, torch.empty(codes.shape, device=codes.device)).mul_(1 / 448)
-
-    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
-        codes.copy_(values.mul_(448))
-
-
-class SecondMoment(_Moment):
-    """In 5 bits of exponent and 3 of mantissa, a block's largest as 1, rounded stochastically; 0 if it is 0 alone."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        codes = torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device)
-        super().__init__(codes, parameter.shape)
-
-    def write(self, start: int, end: int, values: Tensor, noise: Tensor | None = None) -> None:
-        # Found out before the division, in which the smallest vanish; from the bits, as a CPU is slow to compare.
-        positive = values.view(torch.int32).clamp(max=1).to(torch.uint8)
-        super().write(start, end, values, noise)
-        codes = self.codes[start:end]
-        torch.maximum(codes, positive, out=codes)
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        return _table(codes.device).index_select(0, codes.to(torch.int32))
-
-    def _encode(self, values: Tensor, codes: Tensor, noise: Tensor | None) -> None:
-        bits = values.view(torch.int32)
-        # 16 random bits at the upper end of those dropped, and what is carried over rounds up.
-        drawn = uniform_int16(bits) if noise is None else noise
-        rounded = bits.add_(
-            drawn.to(torch.int32).add_(1 << 15).bitwise_left_shift_(_DROPPED - 16)
-        ).bitwise_right_shift_(_DROPPED)
-        codes.copy_(rounded.sub_(_CODE_OF_ONE - 255).clamp_(min=0))
-
-
-@functools.cache
-def _table(device: torch.device) -> Tensor:
-    """The values of a second moment's 256 codes."""
-    values = (torch.arange(256, dtype=torch.int32) + (_CODE_OF_ONE - 255)).bitwise_left_shift(_DROPPED)
-    values[0] = 0
-    return values.view(torch.float32).to(device)
+# What a step's numbers are drawn for.
+_WEIGHT, _MOMENT = 0, 1
 
 
 class StochasticAdam(Optimizer):
@@ -174,7 +69,9 @@ class StochasticAdam(Optimizer):
         self._seed = seed
         places = places or [Place(i, 0, p.numel()) for i, p in enumerate(parameters)]
         self._places = {id(p): place for p, place in zip(parameters, places, strict=True)}
-        self.before_rounding: Callable[[Tensor, int, int, Tensor], None] | None = None
+        self.before_rounding: Callable[[Tensor, int, int, int], Pull | None] | None = None
+        self.found_inf: Tensor | None = None
+        """As torch's GradScaler sets it: zero-dimensional fp32, not 0 where a step is to change nothing."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -195,24 +92,77 @@ class StochasticAdam(Optimizer):
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = FirstMoment(parameter), SecondMoment(parameter)
         state["step"] += 1
+        first, second = state["exp_avg"], state["exp_avg_sq"]
         corrections = [1 - beta ** state["step"] for beta in betas]
+        rate, inverse_root = lr / corrections[0], 1 / math.sqrt(corrections[1])
+        ok = None if self.found_inf is None else self.found_inf == 0
         weights, gradients = parameter.detach().view(-1), parameter.grad.detach().reshape(-1)  # type: ignore[union-attr]
         for start, end in chunks(parameter.numel(), parameter.device):
-            gradient, weight = gradients[start:end].float(), weights[start:end]
-            first = state["exp_avg"].read(start, end).lerp_(gradient, 1 - betas[0])
-            second = state["exp_avg_sq"].read(start, end)
-            second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-            denominator = second.sqrt().mul_(1 / math.sqrt(corrections[1])).add_(eps)
-            values = weight if weight.dtype == torch.float32 else weight.float()
-            values.addcdiv_(first, denominator, value=-lr / corrections[0])
-            if self.before_rounding is not None:
-                self.before_rounding(parameter, start, end, values)
-            if values is not weight:
-                round_stochastically_(weight, values, self._noise(parameter, state["step"], 0, start, end))
-            state["exp_avg"].write(start, end, first)
-            state["exp_avg_sq"].write(start, end, second, self._noise(parameter, state["step"], 1, start, end))
+            weight, gradient = (in_blocks(t[start:end], first.block) for t in (weights, gradients))
+            moments = first.part(start, end), second.part(start, end)
+            pull = None if self.before_rounding is None else self.before_rounding(parameter, start, end, first.block)
+            noise = self._noise(parameter, state["step"], start, end)
+            adam_(weight, gradient, *moments, rate, inverse_root, pull, noise, ok, betas=betas, eps=eps)
 
-    def _noise(self, parameter: Tensor, step: int, purpose: int, start: int, end: int) -> Tensor | None:
+    def _noise(self, parameter: Tensor, step: int, start: int, end: int) -> Key | tuple[Tensor, Tensor] | None:
+        """For a part's weights and second moments; None draws it in the step."""
+        place = self._places[id(parameter)]
+        if is_fused(parameter.device):
+            return drawn_key() if self._seed is None else key_of((self._seed, step), place, start)
         if self._seed is None:
             return None
-        return keyed_int16((self._seed, step, purpose), self._places[id(parameter)], start, end, parameter.device)
+        purposes = [_WEIGHT, _MOMENT] if parameter.dtype == torch.bfloat16 else [_MOMENT, _MOMENT]
+        drawn = [
+            keyed_int16((self._seed, step, purpose), place, start, end, parameter.device)
+            for purpose in dict.fromkeys(purposes)
+        ]
+        return drawn[0], drawn[-1]
+
+
+@compiled
+def adam_(
+    weight: Tensor,
+    gradient: Tensor,
+    first: MomentPart,
+    second: MomentPart,
+    rate: float,
+    inverse_root: float,
+    pull: Pull | None,
+    noise: Key | tuple[Tensor, Tensor] | None,
+    ok: Tensor | None,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of Adam (arXiv 1412.6980, algorithm 1) and of ADMM on a part of a weight, in place.
+
+    :param weight: fp32 or bf16, and ``gradient``: (rows, blocks in a row, entries of a block)
+    :param rate: the learning rate over the first moment's bias correction
+    :param inverse_root: 1 over the root of the second moment's
+    :param pull: what comes between the optimizer's step and rounding
+    :param ok: zero-dimensional bool: where it is False all stays as it is
+    """
+    gradient = gradient.float()
+    m = read_first(first).lerp_(gradient, 1 - betas[0])
+    v = read_second(second).mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = v.sqrt().mul_(inverse_root).add_(eps)
+    in_place = weight.dtype == torch.float32 and ok is None
+    values = weight if in_place else weight.to(torch.float32, copy=True)
+    values.addcdiv_(m * rate, denominator, value=-1)
+    if pull is not None:
+        pull_(values, pull)
+    of_weight, of_moment = _drawn(noise, weight)
+    if weight.dtype != torch.float32:
+        values = rounded_stochastically(values, uniform_int16(values) if of_weight is None else of_weight)
+    if not in_place:
+        weight.copy_(values if ok is None else torch.where(ok, values, weight.float()))
+    write_first_(first, m, ok)
+    write_second_(second, v, of_moment, ok)
+
+
+def _drawn(noise: Key | tuple[Tensor, Tensor] | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if noise is None:
+        return None, None
+    if isinstance(noise, Key):
+        return hashed_int16(noise, weight.shape, weight.device)
+    return noise[0].view(weight.shape), noise[1].view(weight.shape)

@@ -10,9 +10,11 @@ from torch import nn
 
 from elsa_modifier.admm import ADMMOptimizer, PenaltySchedule, PrunedWeight, SharedBudget, SparsitySchedule
 from elsa_modifier.admm.budget import shared_keeps
+from elsa_modifier.admm.choosing import Source, choose
+from elsa_modifier.admm.constraint import Constraint
 from elsa_modifier.admm.projection import MaskStructure, parse_mask_structure, sparse_mask
 from elsa_modifier.admm.selection import Shards
-from elsa_modifier.admm.sharding import find_cuts, select_masks
+from elsa_modifier.admm.thresholds import Demand, count_scores, find_cuts
 from tests.reference.selection import sorted_mask
 
 # Few distinct values make ties; the rest reaches from the smallest subnormal to the largest float.
@@ -61,8 +63,18 @@ def on_shards(parts, work, scores=0):
     return results, step.sums
 
 
+CPU = torch.device("cpu")
+
+
+def counted(part, demand, shards):
+    """Cuts and numbers of kept entries of tensors in main memory."""
+    counters = [lambda low, width, shift, t=t: count_scores(t, int(low), width, shift) for t in part]
+    return find_cuts(counters, demand, shards, CPU)
+
+
 def masks_of(part, keeps, shards):
-    cuts = find_cuts([lambda t=t: t for t in part], keeps, shards)
+    cuts, kept = counted(part, Demand(keeps, keeps), shards)
+    assert kept == keeps
     return [cut(t) for cut, t in zip(cuts, part, strict=True)]
 
 
@@ -119,7 +131,11 @@ def test_patterns_lie_in_rows(keep):
 
     def work(part, shards):
         weight = PrunedWeight("w", nn.Parameter(part), keep, structure, entries=48)
-        return select_masks([weight], lambda _: part, [keep], shards)[0](part)
+        source = Source(lambda: part.clone(), list, structure)
+        constraint = Constraint([weight], SparsitySchedule())
+        (choice,), kept = choose(constraint, Demand([keep], [keep]), [source], shards, CPU)
+        assert kept == [keep]
+        return choice.mask(part.clone())
 
     found, sums = on_shards([whole[:4], whole[4:], whole[6:]], work)
     assert torch.equal(torch.cat(found), sparse_mask(whole, keep, structure))
@@ -202,8 +218,11 @@ def test_a_budget_of_shards_is_that_of_the_whole(values):
     parts = [[w[: w.numel() // 3] for w in wholes], [w[w.numel() // 3 :] for w in wholes], [w[:0] for w in wholes]]
 
     def work(part, shards):
-        return shared_keeps(lambda i: part[i], [t.numel() for t in part], 17_000, *limits, shards)
+        return counted(part, Demand(*limits, 17_000), shards)
 
     found, sums = on_shards(parts, work, scores=sum(sizes))
-    assert found == [alone] * 3
+    assert [kept for _, kept in found] == [alone] * 3
+    for i, whole in enumerate(wholes):
+        masks = [cuts[i](part[i]) for part, (cuts, _) in zip(parts, found, strict=True)]
+        assert torch.equal(torch.cat(masks), sorted_mask(whole, alone[i]))
     assert sum(sums) < 4 * sum(sizes)
