@@ -207,10 +207,10 @@ def run(name, directory, **others):
     sent = []
     step, summing = ADMMOptimizer.step, chunks.sum_in_chunks
 
-    def counted(self):
+    def counted(self, ok=None):
         at_step(self.step_count, special)
         with Counting() as counting:
-            step(self)
+            step(self, ok)
         sent.append(counting.sent)
 
     if "_group" in special and "RANK" in os.environ:
