@@ -1,4 +1,4 @@
-"""The ``elsa`` command: plan a pruning run and make it; pack, unpack, inspect and bench checkpoints."""
+"""The ``elsa`` command: plan a pruning run, make it and report it; pack, unpack, inspect and bench checkpoints."""
 
 import typer
 
@@ -7,15 +7,16 @@ from elsa_cli.inspecting import inspect
 from elsa_cli.packing import pack, unpack
 from elsa_cli.planning import plan
 from elsa_cli.pruning import prune
+from elsa_cli.reporting import report
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Prune a model, or plan it. Sparse checkpoints of pruned models: make them, turn them back, look into them, "
-    "measure them.",
+    help="Prune a model, plan it, show what has come of it. Sparse checkpoints of pruned models: make "
+    "them, turn them back, look into them, measure them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (prune, plan, pack, unpack, inspect, bench):
+for _command in (prune, plan, report, pack, unpack, inspect, bench):
     app.command()(_command)
