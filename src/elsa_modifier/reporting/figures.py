@@ -6,6 +6,7 @@ from typing import Any
 from elsa_modifier.admm.constraint import SparsitySchedule
 from elsa_modifier.reporting.drawing import LINES, SERIES, Canvas, Drawing, canvas
 from elsa_modifier.reporting.facts import Facts
+from elsa_modifier.reporting.words import bytes_in_words
 
 __all__ = [
     "draw_budget",
@@ -17,6 +18,7 @@ __all__ = [
     "draw_zero_shot",
 ]
 
+_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _MANY = 60  # points of a line that has markers no more
 
 
@@ -107,7 +109,7 @@ def draw_layers(facts: Facts) -> Drawing | None:
     if not matrices:
         return None
     layers = sorted({m.layer for m in matrices})
-    kinds = list(dict.fromkeys(m.kind for m in matrices))
+    kinds = sorted(dict.fromkeys(m.kind for m in matrices), key=_place)
     lowest, highest = (choose(m.sparsity for m in matrices) for choose in (min, max))
     least = min(matrices, key=lambda m: m.sparsity)
     caption = (
@@ -202,9 +204,9 @@ def draw_sizes(sizes: Mapping[str, int]) -> Drawing:
 
     :param sizes: by what is that large
     """
-    caption = "; ".join(f"{name}: {value / 1e6:,.1f} MB" for name, value in sizes.items()) + "."
+    caption = "; ".join(f"{name}: {bytes_in_words(value)}" for name, value in sizes.items()) + "."
     with canvas("sizes", "Size", caption, height=70 + 38 * len(sizes)) as drawn:
-        _bars(drawn, [(name, value / 1e6, f"{value / 1e6:,.0f}") for name, value in sizes.items()], "MB")
+        _bars(drawn, [(name, value / 1e6, bytes_in_words(value)) for name, value in sizes.items()], "MB")
     return drawn.drawing
 
 
@@ -251,6 +253,12 @@ def draw_zero_shot(scores: Mapping[str, Mapping[str, tuple[float, float | None]]
         drawn.axes.grid(axis="x")
         _legend_above(drawn)
     return drawn.drawing
+
+
+def _place(kind: str) -> tuple[int, str]:
+    """Where a matrix stands in a layer, by its usual name: attention first; others last, by name."""
+    name = kind.rpartition(".")[2]
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), kind)
 
 
 def _line(drawn: Canvas, points: Sequence[tuple[float, float]], number: int, **settings: Any) -> None:

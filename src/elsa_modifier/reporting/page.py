@@ -177,12 +177,8 @@ def _quality(facts: Facts) -> Section:
 def _against_sparsity(facts: Facts, others: Sequence[Facts]) -> Section:
     section = Section("Perplexity against sparsity")
     if not others:
-        section.missing.append(
-            (
-                "perplexity at other sparsities",
-                f"elsa report {shell(facts.directory)} OTHER_DIR ..., or a directory of `elsa sweep`",
-            )
-        )
+        command = f"elsa report {shell(facts.directory)} OTHERS"
+        section.missing.append(("other sparsities of the same model, to compare with", command))
         return section
     points: dict[str, list[tuple[float, float]]] = {}
     dense: dict[str, float] = {}
@@ -264,7 +260,7 @@ def _speed(facts: Facts) -> Section:
         row = (what, f"{speed['dense']:,.1f}", f"{speed['compressed']:,.1f}", f"{speed['ratio']:.2f}", spread)
         section.rows.append(row)
     section.text.append(
-        f"By `elsa bench` in {printable(bench.get('dtype'), 20)} on {printable(bench.get('threads'), 20)} threads, "
+        f"By elsa bench in {printable(bench.get('dtype'), 20)} on {printable(bench.get('threads'), 20)} threads, "
         f"kernels {printable(bench.get('backend'), 40)}; medians of {printable(bench.get('rounds'), 20)} rounds."
     )
     return section
