@@ -20,9 +20,9 @@ from elsa_modifier.fields import CheckpointEvery
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import find_recipe
 from elsa_modifier.planning.settings import modifier_of_recipe
-from elsa_modifier.pruning.texts import read_texts
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
+from elsa_modifier.texts.windows import read_texts
 from elsa_modifier.tracking import METRICS_FILE
 from elsa_modifier.training.loop import TrainingDiverged
 
@@ -36,6 +36,8 @@ class Summary:
     :param sparsity: fraction of zeros over the weights that were pruned
     :param perplexity_before: on text that was held out; None if there was too little
     :param held_out_tokens: that it was measured on
+    :param training_tokens: of the text that was trained on
+    :param epochs: how often the run went over them
     :param seconds: of this process, from loading to saving
     :param training_seconds: of all steps, in this process and those before it
     :param memory: most that was held, bytes of main memory; ``device_memory`` of an accelerator's, or None
@@ -46,6 +48,8 @@ class Summary:
     perplexity_before: float | None
     perplexity_after: float | None
     held_out_tokens: int
+    training_tokens: int
+    epochs: float
     seconds: float
     training_seconds: float
     memory: int
@@ -70,7 +74,7 @@ def run(
 
     :param model: directory, or a name on the hub
     :param recipe: a file, or the name of a recipe that comes with the package
-    :param data: see :func:`~elsa_modifier.pruning.texts.documents`
+    :param data: see :func:`~elsa_modifier.texts.documents.documents`
     :param out: directory of the pruned model
     :param resume: None is what the recipe says
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
@@ -108,6 +112,8 @@ def run(
         perplexity_before=before,
         perplexity_after=_measured(pruned, texts.held_out),
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
+        training_tokens=length * len(texts.training),
+        epochs=tokens / (length * len(texts.training)),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
