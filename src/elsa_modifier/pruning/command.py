@@ -20,9 +20,9 @@ from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import find_recipe
 from elsa_modifier.planning.settings import modifier_of_recipe
 from elsa_modifier.pruning.summary import Summary
-from elsa_modifier.pruning.texts import read_texts
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
+from elsa_modifier.texts.windows import read_texts
 from elsa_modifier.tracking import METRICS_FILE
 from elsa_modifier.training.loop import TrainingDiverged
 
@@ -43,7 +43,7 @@ def run(
 
     :param model: directory, or a name on the hub
     :param recipe: a file, or the name of a recipe that comes with the package
-    :param data: see :func:`~elsa_modifier.pruning.texts.documents`
+    :param data: see :func:`~elsa_modifier.texts.documents.documents`
     :param out: directory of the pruned model
     :param resume: None is what the recipe says
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
@@ -81,6 +81,8 @@ def run(
         perplexity_before=before,
         perplexity_after=_measured(pruned, texts.held_out),
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
+        training_tokens=length * len(texts.training),
+        epochs=tokens / (length * len(texts.training)),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

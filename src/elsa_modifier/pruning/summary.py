@@ -1,6 +1,6 @@
 """``elsa_prune.json``: what a run of ``elsa prune`` has come to, beside the model that it made."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +21,8 @@ class Summary:
     :param sparsity: fraction of zeros over the weights that were pruned
     :param perplexity_before: on text that was held out; None if there was too little
     :param held_out_tokens: that it was measured on
+    :param training_tokens: of the text that was trained on
+    :param epochs: how often the run went over them
     :param seconds: of this process, from loading to saving
     :param training_seconds: of all steps, in this process and those before it
     :param memory: most that was held, bytes of main memory; ``device_memory`` of an accelerator's, or None
@@ -33,6 +35,8 @@ class Summary:
     perplexity_before: float | None
     perplexity_after: float | None
     held_out_tokens: int
+    training_tokens: int
+    epochs: float
     seconds: float
     training_seconds: float
     memory: int
@@ -72,10 +76,6 @@ class Summary:
                 f"{printable(file)}: {where}: {printable(first['msg'])}. `elsa prune` writes this file; delete it to "
                 "go on without"
             ) from error
-
-    def as_dict(self) -> dict[str, object]:
-        """Field by field, for JSON."""
-        return asdict(self)
 
 
 _ADAPTER = TypeAdapter(Summary)

@@ -82,7 +82,7 @@ def canvas(name: str, title: str, caption: str, *, height: int = 230) -> Iterato
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'elsa-modifier[report]'") from error
+        raise ImportError("figures need matplotlib: pip install 'elsa-modifier[plot]'") from error
     # The same numbers give the same file.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH * _PX, height * _PX), layout="constrained")

@@ -69,7 +69,7 @@ def render(facts: Facts, sections: Sequence[Section]) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise ImportError("a report needs Jinja2: pip install 'elsa-modifier[report]'") from error
+        raise ImportError("a report needs Jinja2: pip install 'elsa-modifier[plot]'") from error
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
