@@ -114,6 +114,7 @@ def _done(facts: Facts) -> Section:
     rows = section.rows
     if summary is not None:
         rows += [(name, printable(value, 200)) for name, value in _given(summary) if value]
+        rows.append(("tokens of the text", f"{summary.training_tokens:,}, gone over {summary.epochs:.3g} times"))
     if steps:
         rows.append(("steps", f"{len(steps):,}, {facts.tokens:,} tokens"))
         rows.append(("time of all steps", duration(float(steps[-1].get("seconds", 0)))))
