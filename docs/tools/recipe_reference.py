@@ -1,6 +1,6 @@
 """Write docs/recipe_reference.md from the fields of ELSAModifier: names, types, defaults, and what docstrings say.
 
-    python -m docs.tools.recipe_reference
+python -m docs.tools.recipe_reference
 """
 
 import inspect
@@ -33,9 +33,7 @@ _GROUPS = {
     "Precision and memory": (
         *("precision", "weight_dtype", "state_dtype", "gradient_release", "activation_checkpointing", "parallel"),
     ),
-    "What is written": (
-        *("checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track"),
-    ),
+    "What is written": (*("checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track"),),
 }
 _YAML = {"None": "null", "True": "true", "False": "false"}
 _NESTED = {
@@ -119,7 +117,9 @@ def _table(rows: Iterator[tuple[str, FieldInfo, str]]) -> list[str]:
 def _descriptions(model: type) -> dict[str, str]:
     """What a class's docstring says of each parameter; names may stand together in one line."""
     found: dict[str, str] = {}
-    for match in re.finditer(r"^:param ([\w, ]+): (.*?)(?=^:|\Z)", inspect.getdoc(model) or "", re.DOTALL | re.MULTILINE):
+    for match in re.finditer(
+        r"^:param ([\w, ]+): (.*?)(?=^:|\Z)", inspect.getdoc(model) or "", re.DOTALL | re.MULTILINE
+    ):
         for name in match[1].split(","):
             found["finalize_at" if name.strip() == "finalize" else name.strip()] = _markdown(match[2])
     return found

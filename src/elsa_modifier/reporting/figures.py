@@ -99,7 +99,7 @@ def _sparsity(facts: Facts) -> Drawing | None:
         _line(drawn, held, 0, label="held to", drawstyle="steps-post")
         drawn.axes.set(xlabel="step", ylabel="% zeros", ylim=(-3, 103))
         _steps_axis(drawn, facts)
-        drawn.axes.legend(loc="best")
+        _legend_above(drawn)
     return drawn.drawing
 
 
