@@ -36,7 +36,7 @@ _GROUPS = {
     "What is written": (*("checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track"),),
 }
 _YAML = {"None": "null", "True": "true", "False": "false"}
-_NESTED = {
+_NESTED: dict[str, type[BaseModel]] = {
     "objective": TrainingObjective,
     "sparsity_schedule": Tightening,
     "penalty": Penalty,
@@ -54,6 +54,7 @@ def page() -> str:
     described = _descriptions(ELSAModifier)
     if missing := fields.keys() ^ {name for names in _GROUPS.values() for name in names}:
         raise ValueError(f"{sorted(missing)}: every field of ELSAModifier belongs to one group of {__file__}")
+    own = [name for name in recipes() if "/" not in name]
     lines = [
         "# Recipe reference",
         "",
@@ -67,8 +68,8 @@ def page() -> str:
         "      sparsity: 0.9",
         "```",
         "",
-        f"Recipes that come with the package, by name: {', '.join(f'`{name}`' for name in recipes() if '/' not in name)}; "
-        "and the published settings under `paper/`, such as `paper/llama-2-7b/elsa_50`.",
+        f"Recipes that come with the package, by name: {', '.join(f'`{name}`' for name in own)}; and the published "
+        "settings under `paper/`, such as `paper/llama-2-7b/elsa_50`.",
     ]
     for title, names in _GROUPS.items():
         lines += ["", f"## {title}", ""]

@@ -33,8 +33,8 @@ _ONE_TENSOR = Removed(
 CHANGED_FIELDS: dict[str, Renamed | Removed] = {"dual_dtype": _ONE_TENSOR, "split_dtype": _ONE_TENSOR}
 _CHANGED_IN_PENALTY: dict[str, Renamed | Removed] = {
     "free_support": Removed(
-        "kept weights move freely in the decoupled form, and are held to their copy in the coupled one. Leave it out, and "
-        "choose penalty.form"
+        "kept weights move freely in the decoupled form, and are held to their copy in the coupled one. Leave it out, "
+        "and choose penalty.form"
     ),
 }
 

@@ -14,29 +14,36 @@ PAGES = [
 PROGRAMS = ("elsa", "lm_eval", "make", "pip", "python", "python3", "sbatch", "sh", "torchrun", "vllm", ".")
 
 
-def blocks(language):
-    """(page, text) of all fenced blocks in a language; without one it is ''."""
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def prose(page):
+    """A page without its fenced blocks."""
+    return _FENCED.sub("", page.read_text())
+
+
+def blocks(*languages):
+    """(page, text) of all fenced blocks in one of these languages; '' is without any."""
     for page in PAGES:
-        for found in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
-            yield page, found
+        for language, block in _FENCED.findall(page.read_text()):
+            if language in languages:
+                yield page, block
 
 
 def commands():
     """(page, words) of each command in a block, fenced or indented: what is optional is there, comments are not."""
-    for page in PAGES:
-        text = page.read_text()
-        fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        rest = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-        indented = [line[4:] for line in rest.splitlines() if line.startswith("    ")]
-        for line in [*(line for block in fenced for line in block.replace("\\\n", " ").splitlines()), *indented]:
-            line = re.sub(r"^(?:[A-Z]+=\S+ )+", "", line)
-            if line.split(" ")[0] in PROGRAMS:
-                yield page, shlex.split(re.sub(r"[\[\]](?=\s|$|-)|(?<=\s)\[", "", line), comments=True)
+    lines = [
+        (page, line) for page, block in blocks("", "sh", "bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    lines += [(page, line[4:]) for page in PAGES for line in prose(page).splitlines() if line.startswith("    ")]
+    for page, line in lines:
+        line = re.sub(r"^(?:[A-Z]+=\S+ )+", "", line)
+        if line.split(" ")[0] in PROGRAMS:
+            yield page, shlex.split(re.sub(r"[\[\]](?=\s|$|-)|(?<=\s)\[", "", line), comments=True)
 
 
 def inline_commands():
     """(page, words) of each command between backquotes in running text."""
     for page in PAGES:
-        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for found in re.findall(r"`((?:elsa|make|python -m|python3 -m) [^`]+)`", text):
+        for found in re.findall(r"`((?:elsa|make|python -m|python3 -m) [^`]+)`", prose(page)):
             yield page, shlex.split(found.replace("\n", " "))

@@ -9,18 +9,17 @@ import pytest
 import yaml
 
 from docs.tools.recipe_reference import PAGE, page
-from tests.docs.pages import PAGES, ROOT
+from tests.docs.pages import PAGES, ROOT, prose
 
 
 def anchors(file):
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.DOTALL | re.M), re.M)
+    headings = re.findall(r"^#+ (.*)$", prose(file), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_to_files(file):
-    text = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(file)):
         if target.startswith(("https://", "http://")):
             continue
         path, _, anchor = target.partition("#")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from elsa_modifier.text_files import write_text
+from elsa_modifier.whole_files import write_whole
 from elsa_sparse.errors import printable
 from elsa_sparse.files import MAX_JSON_BYTES, read_bounded
 
@@ -56,7 +56,7 @@ class Summary:
 
         :raises OSError: if it cannot be written
         """
-        write_text(directory / SUMMARY_FILE, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
+        write_whole(directory / SUMMARY_FILE, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> "Summary | None":

@@ -13,7 +13,7 @@ from elsa_modifier.evaluating.record import TaskResult
 from elsa_modifier.reporting.facts import Facts
 from elsa_modifier.reporting.page import perplexities
 from elsa_modifier.reporting.words import bytes_in_words, duration, number, percent
-from elsa_modifier.text_files import write_text
+from elsa_modifier.whole_files import write_whole
 from elsa_sparse.errors import printable
 from elsa_sparse.model_card import CARD_FILE
 from elsa_sparse.owned import owned_files, still_is
@@ -33,7 +33,7 @@ def write_card(facts: Facts, base_model: str | None = None) -> bool:
     file = facts.directory / CARD_FILE
     if file.exists() and not _is_ours(facts.directory, file):
         return False
-    write_text(file, build_card(facts, base_model))
+    write_whole(file, build_card(facts, base_model))
     return True
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from elsa_modifier.reporting.card import write_card
 from elsa_modifier.reporting.facts import gather
 from elsa_modifier.reporting.page import build_page
-from elsa_modifier.text_files import write_bytes, write_text
+from elsa_modifier.whole_files import write_whole
 from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.model_card import CARD_FILE
 
@@ -57,8 +57,8 @@ def run(
     figures = []
     for drawing in drawings:
         figures.append(out / f"{drawing.name}.png")
-        write_bytes(figures[-1], drawing.png)
-    write_text(out / PAGE_FILE, page)
+        write_whole(figures[-1], drawing.png)
+    write_whole(out / PAGE_FILE, page)
     written = card and write_card(facts, base_model)
     return Report(page=out / PAGE_FILE, figures=tuple(figures), card=facts.directory / CARD_FILE if written else None)
 

@@ -169,8 +169,8 @@ def _quality(facts: Facts) -> Section:
     elif facts.summary is not None and section.rows:
         section.text.append(f"Measured on {facts.summary.held_out_tokens:,} tokens that the run did not train on.")
     if evaluation is None:
-        compare = printable(facts.summary.base, 200) if facts.summary is not None and facts.summary.base else "DENSE"
-        command = f"elsa eval {shell(facts.directory)} --compare {shell(compare)}"
+        base = printable(facts.summary.base, 200) if facts.summary is not None and facts.summary.base else "DENSE"
+        command = f"elsa eval {shell(facts.directory)} --dense {shell(base)}"
         section.missing.append(("perplexity on other texts, and agreement with the dense model", command))
     return section
 
@@ -272,7 +272,9 @@ def _zero_shot(facts: Facts, others: Sequence[Facts]) -> Section:
     scores = {one.name: _scores(one) for one in (facts, *others)}
     scores = {name: own for name, own in scores.items() if own}
     if facts.name not in scores:
-        section.missing.append(("zero-shot tasks", f"elsa eval {shell(facts.directory)} --tasks arc_easy,hellaswag"))
+        section.missing.append(
+            ("zero-shot tasks", f"elsa eval {shell(facts.directory)} --tasks arc_easy --tasks hellaswag")
+        )
         return section
     drawing = draw_zero_shot(scores)
     if drawing is not None:
