@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -47,10 +48,18 @@ def report(directory, *others, **options):
     return written, Page(written.page.read_text(encoding="utf-8"))
 
 
-def test_everything_is_in_the_page(pruned_run):
-    EVALUATION.write(pruned_run)
-    (pruned_run / "elsa_bench.json").write_text(json.dumps(BENCH))
-    written, page = report(pruned_run)
+@pytest.fixture(scope="module")
+def full(runs, tmp_path_factory):
+    """The report of a directory where everything has been measured; and the directory."""
+    directory = tmp_path_factory.mktemp("full") / "out"
+    shutil.copytree(runs / "out-0.8", directory)
+    EVALUATION.write(directory)
+    (directory / "elsa_bench.json").write_text(json.dumps(BENCH))
+    return *report(directory), directory
+
+
+def test_everything_is_in_the_page(full):
+    written, page, _ = full
     assert not page.open
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
     fetched = [v for name in ("src", "href", "xlink:href", "srcset", "action") for v in page.values(name)]
@@ -68,10 +77,8 @@ def test_everything_is_in_the_page(pruned_run):
     assert sum(tag == "svg" for tag, _ in page.tags) == len(written.figures)
 
 
-def test_it_says_what_the_files_say(pruned_run):
-    EVALUATION.write(pruned_run)
-    (pruned_run / "elsa_bench.json").write_text(json.dumps(BENCH))
-    _, page = report(pruned_run)
+def test_it_says_what_the_files_say(full):
+    _, page, directory = full
     for said in (
         "80.0% zeros in 14 matrices of LlamaForCausalLM",
         "81.90 perplexity on WikiText-2, 20.40 dense",
@@ -85,7 +92,7 @@ def test_it_says_what_the_files_say(pruned_run):
         "vllm serve",
     ):
         assert said in page.text
-    summary = json.loads((pruned_run / "elsa_prune.json").read_text())
+    summary = json.loads((directory / "elsa_prune.json").read_text())
     assert summary["data"] in page.text and f"gone over {summary['epochs']:.3g} times" in page.text
     assert page.text.count("Not here:") == 1 + ("in memory, compressed" not in page.text)  # other sparsities
 
@@ -159,11 +166,9 @@ def test_the_command(pruned_run, tmp_path):
     assert (tmp_path / "out-0.8-report" / "loss.png").exists()
 
 
-def test_text_can_be_read(pruned_run):
+def test_text_can_be_read(full):
     """12 px and more on a phone, contrast 4.5:1 and more, on the page and on its tiles, by day and by night."""
-    EVALUATION.write(pruned_run)
-    written, _ = report(pruned_run)
-    html = written.page.read_text()
+    html = full[0].page.read_text()
     figures = re.findall(r"<svg .*?</svg>", html, re.DOTALL)
     for figure in figures:
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', figure)[1])
