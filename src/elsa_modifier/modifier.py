@@ -21,13 +21,14 @@ from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
+from elsa_modifier.deprecation import with_current_names
 from elsa_modifier.fields import (
+    CHANGED_FIELDS,
     Budget,
     CheckpointEvery,
     Penalty,
     Tightening,
     TrainingObjective,
-    refuse_two_state_dtypes,
 )
 from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import (
@@ -193,9 +194,8 @@ class ELSAModifier(Modifier):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_one_state_dtype(cls, values: Any) -> Any:
-        refuse_two_state_dtypes(values)
-        return values
+    def _has_current_names(cls, values: Any) -> Any:
+        return with_current_names(values, CHANGED_FIELDS)
 
     @field_validator("targets", "ignore", "track", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Small text files that are written so that nobody ever finds half of one."""
+"""Small files that are written so that nobody ever finds half of one."""
 
 import os
 import tempfile
@@ -8,15 +8,15 @@ from pathlib import Path
 __all__ = ["write_whole"]
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file at one moment, in place of the one that is there.
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file at one moment, in place of the one that is there; text in UTF-8.
 
     :raises OSError: if it cannot be written; the one that is there stays
     """
     handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(text.encode())
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(partial, 0o644)

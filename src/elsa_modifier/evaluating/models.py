@@ -1,6 +1,7 @@
 """Loading what is to be judged, and finding out what it was made from."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import metadata_load
 from llmcompressor.utils.dev import get_main_device
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from elsa_modifier.pruning.summary import Summary
 from elsa_modifier.saving import HISTORY_FILE
 from elsa_sparse.checkpoint import CONFIG_FILE, read_json
 from elsa_sparse.errors import printable
@@ -63,7 +65,11 @@ def is_output(directory: Path) -> bool:
 
 
 def base_of(directory: Path) -> str | None:
-    """What a model was made from: ``base_model`` of its card, or else the model that its history names."""
+    """What a model was made from: what its run was given, or ``base_model`` of its card, or what its history names."""
+    with suppress(OSError, ValueError):
+        summary = Summary.read(directory)
+        if summary is not None and summary.base:
+            return summary.base
     try:
         stated = (metadata_load(directory / _CARD) or {}).get("base_model")
     except (OSError, ValueError, yaml.YAMLError):

@@ -3,7 +3,6 @@
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from elsa_modifier.evaluation import perplexity
 from elsa_modifier.fields import CheckpointEvery
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.pruning.recipes import modifiers_of
+from elsa_modifier.pruning.summary import Summary
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
 from elsa_modifier.texts.windows import Texts, read_texts
@@ -24,37 +24,6 @@ from elsa_modifier.tracking import METRICS_FILE
 from elsa_modifier.training.loop import TrainingDiverged
 
 __all__ = ["Summary", "run", "training_texts"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run has come to.
-
-    :param sparsity: fraction of zeros over the weights that were pruned
-    :param perplexity_before: on text that was held out; None if there was too little
-    :param held_out_tokens: that it was measured on
-    :param training_tokens: of the text that was trained on
-    :param epochs: how often the run went over them
-    :param seconds: of this process, from loading to saving
-    :param training_seconds: of all steps, in this process and those before it
-    :param memory: most that was held, bytes of main memory; ``device_memory`` of an accelerator's, or None
-    :param model, history, checkpoints, metrics: where these are; None where there is none
-    """
-
-    sparsity: float
-    perplexity_before: float | None
-    perplexity_after: float | None
-    held_out_tokens: int
-    training_tokens: int
-    epochs: float
-    seconds: float
-    training_seconds: float
-    memory: int
-    device_memory: int | None
-    model: str
-    history: str
-    checkpoints: str | None
-    metrics: str | None
 
 
 def run(
@@ -68,7 +37,7 @@ def run(
     checkpoint_minutes: float = 10.0,
     track: Sequence[str] = (),
 ) -> Summary:
-    """Prune a model, save it, and say what it has come to.
+    """Prune a model, save it, and say what it has come to, which is also written beside it.
 
     :param model: directory, or a name on the hub
     :param recipe: a file, or the name of a recipe that comes with the package
@@ -104,7 +73,7 @@ def run(
     masks = last.masks.values()
     checkpointing = last._checkpointing
     directory = checkpointing.directory if isinstance(checkpointing, Checkpointing) else None
-    return Summary(
+    summary = Summary(
         sparsity=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         perplexity_before=before,
         perplexity_after=_measured(pruned, texts.held_out),
@@ -119,7 +88,14 @@ def run(
         history=str(out / HISTORY_FILE),
         checkpoints=str(directory) if directory and last.checkpoint_every else None,
         metrics=str(directory / METRICS_FILE) if directory else None,
+        base=model,
+        data=data,
+        recipe=str(recipe),
+        base_on_hub=not Path(model).exists(),
+        data_on_hub=not Path(data).exists(),
     )
+    summary.write(out)
+    return summary
 
 
 def training_texts(model: str, recipe: str | Path, data: str) -> Texts:
