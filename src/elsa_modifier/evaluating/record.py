@@ -7,10 +7,10 @@ from pydantic.dataclasses import dataclass
 
 from elsa_modifier.whole_files import write_whole
 from elsa_sparse.errors import printable
+from elsa_sparse.sources import EVALUATION_FILE
 
 __all__ = ["EVALUATION_FILE", "FORMAT", "Agreement", "Evaluation", "Perplexity", "TaskResult"]
 
-EVALUATION_FILE = "elsa_eval.json"
 FORMAT = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _LARGEST = 10**8  # bytes; whatever is larger is no such file
