@@ -272,6 +272,17 @@ class ELSAModifier(Modifier):
         """After training: the targets that had no gradient and were left as they were."""
         return self._unreached
 
+    def targets_in(self, model: PreTrainedModel) -> list[Target]:
+        """What would be pruned of a model, of which shapes are enough, and how much.
+
+        :raises ValueError: if it has no such targets, or sparsity and shared_budget do not go together in it
+        """
+        refuse_unmatched(model, targets=self.targets, ignore=self.ignore)
+        targets = self._find_targets(model)
+        if budget := self._budget():
+            budget.among(targets)
+        return targets
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check model, data and recipe against each other, before the first step of any modifier.
 
@@ -279,11 +290,8 @@ class ELSAModifier(Modifier):
         """
         refuse_launchers()
         refuse_encoder_decoder(state.model)
-        refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
-        targets = self._find_targets(state.model)
+        targets = self.targets_in(state.model)
         self._frozen = frozen_parameters(state.model, targets)
-        if budget := self._budget():
-            budget.among(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
@@ -400,7 +408,7 @@ class ELSAModifier(Modifier):
             logger.info(message)
         extend_save_pretrained(
             state.model,
-            history=self._history_json(),
+            history=self._history_json(state.model),
             checkpoint=self.checkpoint,
             experts=self._experts,
             first=is_first_process(),
@@ -483,10 +491,15 @@ class ELSAModifier(Modifier):
     def _calibration_loader(state: State) -> Any:
         return None if state.data is None else state.data.calib
 
-    def _history_json(self) -> str:
+    def _history_json(self, model: PreTrainedModel) -> str:
         recipe = {k: v for k, v in self.model_dump().items() if not k.endswith("_")}
         return json.dumps(
-            {"modifier": recipe, "unreached": self._unreached, "steps": [record.as_dict() for record in self._history]},
+            {
+                "model": model.config.name_or_path,
+                "modifier": recipe,
+                "unreached": self._unreached,
+                "steps": [record.as_dict() for record in self._history],
+            },
             indent=1,
         )
 

@@ -24,6 +24,7 @@ from elsa_modifier.saved_keys import check_saved_keys
 from elsa_modifier.training.ranks import by_itself
 from elsa_sparse.atomic import check_target
 from elsa_sparse.entry import Encoding
+from elsa_sparse.sources import forget_evaluation
 from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_through
 
 __all__ = ["HISTORY_FILE", "check_output_directory", "extend_save_pretrained", "output_directory"]
@@ -141,6 +142,7 @@ def extend_save_pretrained(
             rescued = _rescue(model, save_dense)
             raise OSError(f"the model could not be saved to {save_directory}: {error}. {rescued}") from error
         if checkpoint == "dense":
+            forget_evaluation(Path(save_directory))
             check_saved_keys(model, Path(save_directory))
 
     model.save_pretrained = save_pretrained

@@ -11,7 +11,10 @@ from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.errors import SparseCheckpointError, printable
 from elsa_sparse.files import open_regular
 
-__all__ = ["companions", "copy_companions", "unchanged"]
+__all__ = ["EVALUATION_FILE", "companions", "copy_companions", "forget_evaluation", "unchanged"]
+
+EVALUATION_FILE = "elsa_eval.json"
+"""What ``elsa eval`` has found about a checkpoint: it does not travel, and goes when another checkpoint comes."""
 
 # Weights of any format, which do not travel along.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
@@ -25,8 +28,13 @@ def companions(source: Path, target: Path) -> list[str]:
     return [
         name
         for name in _files(source, target)
-        if name != CONFIG_FILE and not _is_weights(name) and (source / name).is_file()
+        if name not in (CONFIG_FILE, EVALUATION_FILE) and not _is_weights(name) and (source / name).is_file()
     ]
+
+
+def forget_evaluation(directory: Path) -> None:
+    """Delete what was found about the checkpoint that was there before."""
+    (directory / EVALUATION_FILE).unlink(missing_ok=True)
 
 
 def copy_companions(source: Path, target: Path, copies: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         Evaluation(model="new").write(tmp_path)
     assert Evaluation.read(tmp_path) == WHOLE and os.listdir(tmp_path) == [EVALUATION_FILE]
+
+
+def test_the_file_in_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    [block] = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / EVALUATION_FILE).write_text(block)
+    found = Evaluation.read(tmp_path)
+    assert json.loads(found.as_json()) == json.loads(block)

@@ -1,17 +1,16 @@
 """``elsa_eval.json``: how good the model beside it is, as ``elsa eval`` writes it and reports read it."""
 
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from elsa_modifier.whole_files import write_whole
 from elsa_sparse.errors import printable
+from elsa_sparse.sources import EVALUATION_FILE
 
 __all__ = ["EVALUATION_FILE", "FORMAT", "Agreement", "Evaluation", "Perplexity", "TaskResult"]
 
-EVALUATION_FILE = "elsa_eval.json"
 FORMAT = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _LARGEST = 10**8  # bytes; whatever is larger is no such file
@@ -112,24 +111,17 @@ class Evaluation:
                 "of this version of elsa-modifier; write it again with `elsa eval`"
             ) from error
 
+    def as_json(self) -> str:
+        """What :meth:`write` writes."""
+        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
+
     def write(self, path: str | Path) -> None:
         """Into a file, all at once: whoever reads it meanwhile finds the old or the new one.
 
         :param path: the file, or the directory that it is to be in
         :raises OSError: if it cannot be written
         """
-        file = _file(path)
-        handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(_ADAPTER.dump_json(self, indent=1) + b"\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, file)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(_file(path), self.as_json())
 
 
 _ADAPTER = TypeAdapter(Evaluation)

@@ -8,25 +8,22 @@ from pathlib import Path
 import torch
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
-from llmcompressor.modifiers import Modifier
-from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from elsa_modifier.evaluation import perplexity
 from elsa_modifier.fields import CheckpointEvery
 from elsa_modifier.modifier import ELSAModifier
-from elsa_modifier.named_recipes import find_recipe
-from elsa_modifier.planning.settings import modifier_of_recipe
+from elsa_modifier.pruning.recipes import modifiers_of
 from elsa_modifier.pruning.summary import Summary
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
-from elsa_modifier.texts.windows import read_texts
+from elsa_modifier.texts.windows import Texts, read_texts
 from elsa_modifier.tracking import METRICS_FILE
 from elsa_modifier.training.loop import TrainingDiverged
 
-__all__ = ["Summary", "run"]
+__all__ = ["Summary", "run", "training_texts"]
 
 
 def run(
@@ -35,6 +32,7 @@ def run(
     data: str,
     out: Path,
     *,
+    sparsity: float | None = None,
     resume: str | None = None,
     checkpoint_minutes: float = 10.0,
     track: Sequence[str] = (),
@@ -45,14 +43,14 @@ def run(
     :param recipe: a file, or the name of a recipe that comes with the package
     :param data: see :func:`~elsa_modifier.texts.documents.documents`
     :param out: directory of the pruned model
+    :param sparsity: instead of the recipe's
     :param resume: None is what the recipe says
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
     :param track: trackers beside those of the recipe
     :raises ValueError: if the run cannot work, or a loss is not finite; the message says what to do
     """
     began = time.perf_counter()
-    elsa = modifier_of_recipe(recipe)
-    modifiers = Recipe.create_instance(str(find_recipe(recipe))).modifiers
+    modifiers = modifiers_of(recipe, sparsity=sparsity)
     pruners = [modifier for modifier in modifiers if isinstance(modifier, ELSAModifier)]
     for modifier in pruners:
         if modifier.checkpoint_every is None and checkpoint_minutes > 0:
@@ -62,13 +60,12 @@ def run(
         modifier.track = list(dict.fromkeys([*modifier.track, *track]))
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    length = _length(elsa, dense)
-    tokens = length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
+    length, tokens = _length_and_tokens(pruners, dense.config)
     texts = read_texts(data, tokenizer, length=length, tokens=tokens)
     before = _measured(dense, texts.held_out)
     try:
         pruned = oneshot(
-            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
+            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=modifiers, output_dir=str(out)
         )
     except TrainingDiverged as error:
         raise ValueError(str(error)) from error
@@ -101,13 +98,21 @@ def run(
     return summary
 
 
-def _as_list(modifiers: Sequence[Modifier]) -> list[Modifier]:
-    return list(modifiers)
+def training_texts(model: str, recipe: str | Path, data: str) -> Texts:
+    """The texts that :func:`run` would train on, and hold out.
+
+    :raises ValueError: as :func:`run`
+    """
+    pruners = [modifier for modifier in modifiers_of(recipe) if isinstance(modifier, ELSAModifier)]
+    length, tokens = _length_and_tokens(pruners, AutoConfig.from_pretrained(model))
+    return read_texts(data, AutoTokenizer.from_pretrained(model), length=length, tokens=tokens)
 
 
-def _length(modifier: ELSAModifier, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(modifier.sequence_length, limit or modifier.sequence_length)
+def _length_and_tokens(pruners: Sequence[ELSAModifier], config: PretrainedConfig) -> tuple[int, int]:
+    """Tokens of a sequence, and of all that the run goes over."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(pruners[0].sequence_length, limit or pruners[0].sequence_length)
+    return length, length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
 
 
 def _measured(model: PreTrainedModel, held_out: Tensor | None) -> float | None:

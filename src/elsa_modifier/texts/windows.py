@@ -32,10 +32,12 @@ class Texts(NamedTuple):
 
     :param training: a data set with ``input_ids``, as ``oneshot`` takes it
     :param held_out: (sequences, length) token ids; None if there is too little text
+    :param windows: all of them, those to train on first
     """
 
     training: Dataset
     held_out: Tensor | None
+    windows: Tensor
 
 
 def load_texts(
@@ -77,7 +79,7 @@ def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, *, length: int, 
             f"{source} has {len(windows)} windows of {length} tokens: too few to hold any out to measure on."
         )
     count = len(windows) - held_out
-    return Texts(_as_dataset(windows[:count]), windows[count:] if held_out else None)
+    return Texts(_as_dataset(windows[:count]), windows[count:] if held_out else None, windows)
 
 
 def windows_of(
