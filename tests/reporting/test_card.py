@@ -8,9 +8,10 @@ from huggingface_hub import ModelCard
 
 from elsa_modifier import load_sparse
 from elsa_modifier.pruning.summary import Summary
-from elsa_modifier.reporting.card import MARK, build_card, write_card
+from elsa_modifier.reporting.card import build_card, write_card
 from elsa_modifier.reporting.facts import gather
 from elsa_sparse import save_sparse
+from elsa_sparse.model_card import REPORT_MARK as MARK
 from tests.cli.test_commands import run as command
 from tests.reporting.conftest import EVALUATION
 
@@ -65,14 +66,16 @@ def test_it_replaces_its_own_and_no_other(pruned_run):
 
 
 def test_the_checkpoint_stays_one(pruned_run, tmp_path):
-    """With its card changed it is verified, loaded, packed again and replaced."""
+    """With its card changed it is verified, loaded, packed again and replaced; what the card says stays behind."""
     write_card(gather(pruned_run, progress=False))
     command("inspect", pruned_run, "--verify")
-    load_sparse(pruned_run)
-    save_sparse(pruned_run, tmp_path / "again")
-    assert MARK in (tmp_path / "again" / "README.md").read_text()
-    save_sparse(load_sparse(pruned_run), pruned_run, overwrite=True)
-    assert MARK in (pruned_run / "README.md").read_text()
+    again = tmp_path / "again"
+    save_sparse(pruned_run, again)
+    assert MARK not in (again / "README.md").read_text()
+    write_card(gather(again, progress=False))
+    save_sparse(load_sparse(pruned_run), again, overwrite=True)
+    assert not (again / "README.md").exists() and MARK in (pruned_run / "README.md").read_text()
+    command("inspect", again, "--verify")
 
 
 def test_names_are_text(pruned_run):

@@ -270,12 +270,13 @@ def test_table_of_config(sparse):
     assert entry["dtype"] == "bfloat16" and 0.7 < entry["sparsity"] < 0.9 and len(entry["sha256"]) == 64
 
 
-def test_what_was_found_about_a_checkpoint_stays_with_it(pruned, tmp_path):
+@pytest.mark.parametrize("name", ["elsa_eval.json", "elsa_bench.json"])
+def test_what_was_found_about_a_checkpoint_stays_with_it(name, pruned, tmp_path):
     source, target = tmp_path / "source", tmp_path / "out"
     shutil.copytree(pruned(), source)
-    (source / "elsa_eval.json").write_text("of the source")
+    (source / name).write_text("of the source")
     save_sparse(source, target)
-    assert not (target / "elsa_eval.json").exists()
-    (target / "elsa_eval.json").write_text("of the target")
+    assert not (target / name).exists()
+    (target / name).write_text("of the target")
     save_sparse(source, target, overwrite=True)
-    assert not (target / "elsa_eval.json").exists() and (source / "elsa_eval.json").read_text() == "of the source"
+    assert not (target / name).exists() and (source / name).read_text() == "of the source"

@@ -15,12 +15,11 @@ from elsa_modifier.reporting.page import perplexities
 from elsa_modifier.reporting.words import bytes_in_words, duration, number, percent
 from elsa_modifier.whole_files import write_whole
 from elsa_sparse.errors import printable
-from elsa_sparse.model_card import CARD_FILE
+from elsa_sparse.model_card import CARD_FILE, REPORT_MARK, is_reported
 from elsa_sparse.owned import owned_files, still_is
 
 __all__ = ["build_card", "write_card"]
 
-MARK = "<!-- Written by elsa-modifier; `elsa report` writes it anew as long as this line is here. -->"
 _METRICS = {"acc": "accuracy", "exact_match": "exact_match", "word_perplexity": "perplexity"}
 
 
@@ -38,9 +37,7 @@ def write_card(facts: Facts, base_model: str | None = None) -> bool:
 
 
 def _is_ours(directory: Path, file: Path) -> bool:
-    if MARK in file.read_text(encoding="utf-8", errors="replace"):
-        return True
-    return still_is(directory, CARD_FILE, (owned_files(directory) or {}).get(CARD_FILE))
+    return is_reported(file) or still_is(directory, CARD_FILE, (owned_files(directory) or {}).get(CARD_FILE))
 
 
 def build_card(facts: Facts, base_model: str | None = None) -> str:
@@ -67,7 +64,7 @@ def build_card(facts: Facts, base_model: str | None = None) -> str:
         eval_results=results or None,
         model_name=name if results else None,
     )
-    parts = [f"---\n{data.to_yaml()}\n---", MARK, f"# {_text(facts.name)}", _opening(facts, base_model)]
+    parts = [f"---\n{data.to_yaml()}\n---", REPORT_MARK, f"# {_text(facts.name)}", _opening(facts, base_model)]
     parts += [*_quality(facts), *_making(facts), *_using(facts)]
     return "\n\n".join(parts) + "\n"
 

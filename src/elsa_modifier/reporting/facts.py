@@ -16,10 +16,10 @@ from elsa_sparse.errors import SparseCheckpointError, printable
 from elsa_sparse.files import MAX_JSON_BYTES, read_bounded, read_json
 from elsa_sparse.inspecting import Row, by_layer, inspect, summarize
 from elsa_sparse.opening import architecture_of, is_sparse
+from elsa_sparse.sources import BENCH_FILE
 
-__all__ = ["BENCH_FILE", "Facts", "Matrix", "gather", "matrices_of"]
+__all__ = ["Facts", "Matrix", "gather", "matrices_of"]
 
-BENCH_FILE = "elsa_bench.json"
 _RECIPE_FILE = "recipe.yaml"
 
 

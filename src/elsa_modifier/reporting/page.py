@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elsa_modifier.reporting.drawing import SERIES, Drawing
-from elsa_modifier.reporting.facts import BENCH_FILE, Facts
+from elsa_modifier.reporting.facts import Facts
 from elsa_modifier.reporting.figures import (
     draw_budget,
     draw_layers,
@@ -19,6 +19,7 @@ from elsa_modifier.reporting.figures import (
 )
 from elsa_modifier.reporting.words import bytes_in_words, duration, number, percent, shell
 from elsa_sparse.errors import printable
+from elsa_sparse.sources import BENCH_FILE
 
 __all__ = ["Section", "build_page", "render"]
 
