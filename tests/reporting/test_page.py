@@ -99,7 +99,12 @@ def test_it_says_what_the_files_say(full):
 
 def test_what_is_missing_is_left_out_and_named(pruned_run):
     _, page = report(pruned_run)
-    for said in (f"elsa eval {pruned_run} --dense", f"elsa bench {pruned_run} --json >", "Measured on 48 tokens"):
+    held_out = json.loads((pruned_run / "elsa_prune.json").read_text())["held_out_tokens"]
+    for said in (
+        f"elsa eval {pruned_run} --dense",
+        f"elsa bench {pruned_run} --json >",
+        f"Measured on {held_out} tokens",
+    ):
         assert said in page.text
     for name in ("elsa_history.json", "elsa_prune.json", "recipe.yaml"):
         (pruned_run / name).unlink()
