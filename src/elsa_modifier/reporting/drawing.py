@@ -88,6 +88,9 @@ def canvas(name: str, title: str, caption: str, *, height: int = 230) -> Iterato
         figure = Figure(figsize=(_WIDTH * _PX, height * _PX), layout="constrained")
         drawn = Canvas(figure.subplots())
         yield drawn
+        # Laid out once, for both files.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True)
         figure.savefig(png, format="png", dpi=2 / _PX, facecolor="white", metadata={"Software": None})
