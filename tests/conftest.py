@@ -5,6 +5,8 @@ import os
 import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test leaves tokens in the user's cache, or finds some there.
+os.environ["ELSA_CACHE"] = ""
 
 import pytest
 import torch

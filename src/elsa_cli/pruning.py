@@ -74,6 +74,7 @@ def _print(summary: "Summary") -> None:
         table.add_row("perplexity", f"{values} ({summary.held_out_tokens:,} tokens held out)")
     else:
         table.add_row("perplexity", "not measured: too little text to hold some out")
+    table.add_row("text", f"{summary.training_tokens:,} tokens, gone over {summary.epochs:.1f} times")
     table.add_row("time", f"{_duration(summary.seconds)}; training {_duration(summary.training_seconds)} in all")
     memory = f"{megabytes(summary.memory)} MB"
     if summary.device_memory is not None:

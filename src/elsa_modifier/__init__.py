@@ -11,6 +11,7 @@ from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import recipe, recipes
 from elsa_modifier.quantization.modifier import MaskedGPTQModifier
 from elsa_modifier.sparsity_files import sparsity_mapping
+from elsa_modifier.texts.windows import load_texts
 from elsa_modifier.training.conversations import teach_chat_templates
 from elsa_modifier.training.loading import load_for_ranks
 from elsa_sparse import SparseCheckpointError, load_sparse, save_sparse
@@ -26,6 +27,7 @@ __all__ = [
     "SparseCheckpointError",
     "load_for_ranks",
     "load_sparse",
+    "load_texts",
     "recipe",
     "recipes",
     "save_sparse",

@@ -1,6 +1,6 @@
 """Fields of ELSAModifier that have fields of their own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,19 +10,33 @@ from elsa_modifier.admm.budget import SharedBudget
 from elsa_modifier.admm.constraint import SparsityScheduleName
 from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
 from elsa_modifier.admm.storage import StateDtype
+from elsa_modifier.deprecation import Removed, Renamed, with_current_names
 from elsa_modifier.targets import Target, fractions_of
 from elsa_modifier.training.distillation import Distillation, copy_as_teacher
 from elsa_modifier.training.objective import Objective, next_token_loss
 
 __all__ = [
+    "CHANGED_FIELDS",
     "Budget",
     "CheckpointEvery",
     "ObjectiveName",
     "Penalty",
     "Tightening",
     "TrainingObjective",
-    "refuse_two_state_dtypes",
 ]
+
+_ONE_TENSOR = Removed(
+    "one tensor holds dual and split here, in one format. Set state_dtype instead, to the more precise of the two; "
+    f"allowed are {', '.join(get_args(StateDtype))}"
+)
+# The paper's way to name formats, one of u and one of z.
+CHANGED_FIELDS: dict[str, Renamed | Removed] = {"dual_dtype": _ONE_TENSOR, "split_dtype": _ONE_TENSOR}
+_CHANGED_IN_PENALTY: dict[str, Renamed | Removed] = {
+    "free_support": Removed(
+        "kept weights move freely in the decoupled form, and are held to their copy in the coupled one. Leave it out, "
+        "and choose penalty.form"
+    ),
+}
 
 ObjectiveName = Literal["next_token", "distill", "distill_hidden", "reconstruction"]
 
@@ -122,6 +136,11 @@ class Penalty(BaseModel):
     form: PenaltyForm = "decoupled"
     dual: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_current_names(cls, value: Any) -> Any:
+        return with_current_names(value, _CHANGED_IN_PENALTY, "penalty.")
+
     @model_validator(mode="after")
     def _fits_its_form(self) -> "Penalty":
         if self.form == "decoupled" and self.value > 1:
@@ -174,18 +193,3 @@ class Budget(BaseModel):
                 f"{1 - fewest / sum(sizes):.4g}, and sparsity asks for {zeros:.4g}; widen them"
             )
         return budget
-
-
-def refuse_two_state_dtypes(fields: Any) -> None:
-    """The paper's way to name formats, one of ``u`` and one of ``z``, which one tensor cannot have.
-
-    :param fields: of a recipe, not validated yet
-    :raises ValueError: if there is ``dual_dtype`` or ``split_dtype``
-    """
-    named = [name for name in ("dual_dtype", "split_dtype") if isinstance(fields, Mapping) and name in fields]
-    if named:
-        given = ", ".join(f"{name}: {fields[name]}" for name in named)
-        raise ValueError(
-            f"{given}: one tensor holds dual and split here, in one format. Set state_dtype instead, to the more "
-            f"precise of the two; allowed are {', '.join(get_args(StateDtype))}"
-        )

@@ -16,13 +16,14 @@ from elsa_modifier.admm.optimizer import Projection
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains
+from elsa_modifier.deprecation import with_current_names
 from elsa_modifier.fields import (
+    CHANGED_FIELDS,
     Budget,
     CheckpointEvery,
     Penalty,
     Tightening,
     TrainingObjective,
-    refuse_two_state_dtypes,
 )
 from elsa_modifier.fused_experts import FusedLayout
 from elsa_modifier.preflight import (
@@ -177,9 +178,8 @@ class ELSAModifier(Modifier):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_one_state_dtype(cls, values: Any) -> Any:
-        refuse_two_state_dtypes(values)
-        return values
+    def _has_current_names(cls, values: Any) -> Any:
+        return with_current_names(values, CHANGED_FIELDS)
 
     @field_validator("targets", "ignore", "track", mode="before")
     @classmethod
@@ -256,6 +256,17 @@ class ELSAModifier(Modifier):
         """After training: the targets that had no gradient and were left as they were."""
         return self._unreached
 
+    def targets_in(self, model: PreTrainedModel) -> list[Target]:
+        """What would be pruned of a model, of which shapes are enough, and how much.
+
+        :raises ValueError: if it has no such targets, or sparsity and shared_budget do not go together in it
+        """
+        refuse_unmatched(model, targets=self.targets, ignore=self.ignore)
+        targets = self._find_targets(model)
+        if budget := self._budget():
+            budget.among(targets)
+        return targets
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check model, data and recipe against each other, before the first step of any modifier.
 
@@ -263,11 +274,8 @@ class ELSAModifier(Modifier):
         """
         refuse_launchers()
         refuse_encoder_decoder(state.model)
-        refuse_unmatched(state.model, targets=self.targets, ignore=self.ignore)
-        targets = self._find_targets(state.model)
+        targets = self.targets_in(state.model)
         self._frozen = frozen_parameters(state.model, targets)
-        if budget := self._budget():
-            budget.among(targets)
         if self._calibration_loader(state) is None:
             raise ValueError("ELSAModifier trains and needs text: pass dataset= to oneshot")
         recipe = active_session().lifecycle.recipe.modifiers
@@ -329,7 +337,7 @@ class ELSAModifier(Modifier):
             logger.info(message)
         extend_save_pretrained(
             state.model,
-            history=self._history_json(),
+            history=self._history_json(state.model),
             checkpoint=self.checkpoint,
             experts=self._experts,
             first=is_first_process(),
@@ -353,9 +361,14 @@ class ELSAModifier(Modifier):
     def _calibration_loader(state: State) -> Any:
         return None if state.data is None else state.data.calib
 
-    def _history_json(self) -> str:
+    def _history_json(self, model: PreTrainedModel) -> str:
         recipe = {k: v for k, v in self.model_dump().items() if not k.endswith("_")}
         return json.dumps(
-            {"modifier": recipe, "unreached": self._unreached, "steps": [record.as_dict() for record in self._history]},
+            {
+                "model": model.config.name_or_path,
+                "modifier": recipe,
+                "unreached": self._unreached,
+                "steps": [record.as_dict() for record in self._history],
+            },
             indent=1,
         )

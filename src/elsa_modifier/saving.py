@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from elsa_modifier.fused_experts import FusedLayout, fusing_experts
+from elsa_modifier.pruning.summary import SUMMARY_FILE
 from elsa_modifier.saved_keys import check_saved_keys
 from elsa_modifier.training.ranks import by_itself
 from elsa_sparse.atomic import check_target
 from elsa_sparse.entry import Encoding
+from elsa_sparse.sources import forget_findings
 from elsa_sparse.writing import DEFAULT_SHARD_SIZE, save_through
 
 __all__ = ["HISTORY_FILE", "check_output_directory", "extend_save_pretrained", "output_directory"]
@@ -140,7 +142,10 @@ def extend_save_pretrained(
             kwargs.pop("push_to_hub", None)
             rescued = _rescue(model, save_dense)
             raise OSError(f"the model could not be saved to {save_directory}: {error}. {rescued}") from error
+        # Of another run that saved here; `elsa prune` writes that of this one.
+        (Path(save_directory) / SUMMARY_FILE).unlink(missing_ok=True)
         if checkpoint == "dense":
+            forget_findings(Path(save_directory))
             check_saved_keys(model, Path(save_directory))
 
     model.save_pretrained = save_pretrained

@@ -1,14 +1,21 @@
 """The README.md of a sparse checkpoint that has none of its own."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from elsa_sparse.entry import TensorEntry
 from elsa_sparse.opening import architecture_of
 
-__all__ = ["CARD_FILE", "model_card"]
+__all__ = ["CARD_FILE", "REPORT_MARK", "is_reported", "model_card"]
 
 CARD_FILE = "README.md"
+REPORT_MARK = "<!-- Written by elsa-modifier; `elsa report` writes it anew as long as this line is here. -->"
+
+
+def is_reported(file: Path) -> bool:
+    """Whether it is a model card by ``elsa report`` that nobody has made their own."""
+    return file.is_file() and REPORT_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(config: dict[str, Any], entries: Sequence[TensorEntry], stored_bytes: int) -> str:

@@ -10,8 +10,14 @@ from pathlib import Path
 from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.errors import SparseCheckpointError, printable
 from elsa_sparse.files import open_regular
+from elsa_sparse.model_card import CARD_FILE, is_reported
 
-__all__ = ["companions", "copy_companions", "unchanged"]
+__all__ = ["BENCH_FILE", "EVALUATION_FILE", "companions", "copy_companions", "forget_findings", "unchanged"]
+
+# What has been found about a checkpoint does not travel, and goes when another checkpoint comes; nor does a model card
+# that says it.
+EVALUATION_FILE = "elsa_eval.json"
+BENCH_FILE = "elsa_bench.json"
 
 # Weights of any format, which do not travel along.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
@@ -25,8 +31,19 @@ def companions(source: Path, target: Path) -> list[str]:
     return [
         name
         for name in _files(source, target)
-        if name != CONFIG_FILE and not _is_weights(name) and (source / name).is_file()
+        if name not in (CONFIG_FILE, EVALUATION_FILE, BENCH_FILE)
+        and not _is_weights(name)
+        and (source / name).is_file()
+        and not (name == CARD_FILE and is_reported(source / name))
     ]
+
+
+def forget_findings(directory: Path) -> None:
+    """Delete what was found about the checkpoint that was there before, and the model card that says so."""
+    for name in (EVALUATION_FILE, BENCH_FILE):
+        (directory / name).unlink(missing_ok=True)
+    if is_reported(directory / CARD_FILE):
+        (directory / CARD_FILE).unlink()
 
 
 def copy_companions(source: Path, target: Path, copies: Path) -> None:

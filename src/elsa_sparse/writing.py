@@ -20,7 +20,7 @@ from elsa_sparse.errors import SparseCheckpointError
 from elsa_sparse.model_card import CARD_FILE, model_card
 from elsa_sparse.opening import HINT, dense_config, is_sparse, open_checkpoint
 from elsa_sparse.owned import sha256_of
-from elsa_sparse.sources import companions, copy_companions, unchanged
+from elsa_sparse.sources import companions, copy_companions, forget_findings, unchanged
 from elsa_sparse.symbols import count_negative_zeros
 from elsa_sparse.table import shard_names, table_as_json
 
@@ -189,6 +189,7 @@ def _pack(
         files = files | {name: sha256}
     _write_sparse_config(staging.new / CONFIG_FILE, config, table_as_json(files, entries))
     staging.commit(files)
+    forget_findings(staging.directory)
     dense_bytes = sum(entry.dense_bytes for entry, _ in entries)
     return Written(dense_bytes=dense_bytes, stored_bytes=writer.total_size, signs=signs)
 
@@ -228,6 +229,7 @@ def unpack(
         files = staging.settle()
         _write_json(staging.new / CONFIG_FILE, dense_config(checkpoint.config))
         staging.commit(files)
+        forget_findings(staging.directory)
     return Written(dense_bytes=writer.total_size, stored_bytes=writer.total_size)
 
 

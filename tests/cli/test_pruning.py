@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from elsa_cli.main import app
 from elsa_modifier.evaluation import perplexity
 from elsa_modifier.pruning.command import _measured
-from elsa_modifier.pruning.texts import documents, read_texts
 from elsa_modifier.resuming.checkpoints import TrainingCheckpoints
 from tests.resuming.conftest import Killed
 
@@ -105,23 +104,3 @@ def test_errors_are_a_line(command, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no file that ends with" in command(code=1, data="empty").stderr
     assert "track has 'paper'" in command("--track", "paper", code=1).stderr
-
-
-def test_what_is_held_out_is_not_trained_on(tokenizer, tmp_path):
-    # 16-token windows that say which one they are.
-    words = [f"w{i % 94}" for i in range(16 * 60)]
-    (tmp_path / "book.txt").write_text(" ".join(words))
-    texts = read_texts(str(tmp_path / "book.txt"), tokenizer, length=16, tokens=10**6)
-    assert len(texts.training) == 57 and texts.held_out.shape == (3, 16)
-    ids = [i for row in texts.training["input_ids"] for i in row] + texts.held_out.flatten().tolist()
-    assert ids == tokenizer(" ".join(words))["input_ids"]
-    # No more is read than the run uses, and what is measured on.
-    short = read_texts(str(tmp_path / "book.txt"), tokenizer, length=16, tokens=16 * 10)
-    assert (len(short.training), len(short.held_out)) == (10, 32)
-
-
-def test_documents(tmp_path):
-    (tmp_path / "b.md").write_text("second")
-    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"messages": [{"role": "user", "content": "x"}]}\n')
-    (tmp_path / "c.bin").write_bytes(b"\xff")
-    assert list(documents(str(tmp_path))) == ["first", [{"role": "user", "content": "x"}], "second"]

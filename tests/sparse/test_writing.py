@@ -268,3 +268,15 @@ def test_table_of_config(sparse):
         config[CONFIG_KEY]["files"]["tokenizer.json"] == sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
     )
     assert entry["dtype"] == "bfloat16" and 0.7 < entry["sparsity"] < 0.9 and len(entry["sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", ["elsa_eval.json", "elsa_bench.json"])
+def test_what_was_found_about_a_checkpoint_stays_with_it(name, pruned, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(pruned(), source)
+    (source / name).write_text("of the source")
+    save_sparse(source, target)
+    assert not (target / name).exists()
+    (target / name).write_text("of the target")
+    save_sparse(source, target, overwrite=True)
+    assert not (target / name).exists() and (source / name).read_text() == "of the source"

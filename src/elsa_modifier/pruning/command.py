@@ -4,65 +4,32 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from compressed_tensors.offload import remove_dispatch
 from datasets import disable_progress_bars as disable_datasets_bars
 from llmcompressor import oneshot
-from llmcompressor.modifiers import Modifier
-from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from elsa_modifier.evaluation import perplexity
 from elsa_modifier.fields import CheckpointEvery
 from elsa_modifier.modifier import ELSAModifier
-from elsa_modifier.named_recipes import find_recipe
-from elsa_modifier.planning.settings import modifier_of_recipe
-from elsa_modifier.pruning.texts import read_texts
+from elsa_modifier.pruning.recipes import modifiers_of
+from elsa_modifier.pruning.summary import Summary
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
+from elsa_modifier.texts.windows import Texts, read_texts
 from elsa_modifier.tracking import METRICS_FILE
 from elsa_modifier.training.loading import load_for_ranks
 from elsa_modifier.training.loop import TrainingDiverged
 from elsa_modifier.training.ranks import RankFailed, is_first_process, launched_ranks
 
-__all__ = ["Summary", "run"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run has come to.
-
-    :param sparsity: fraction of zeros over the weights that were pruned
-    :param perplexity_before: on text that was held out; None if there was too little
-    :param held_out_tokens: that it was measured on
-    :param seconds: of this process, from loading to saving
-    :param training_seconds: of all steps, in this process and those before it
-    :param processes: that trained
-    :param memory: most that was held by the first of them, bytes of main memory; ``device_memory`` of an accelerator's,
-        or None
-    :param model, history, checkpoints, metrics: where these are; None where there is none
-    """
-
-    sparsity: float
-    perplexity_before: float | None
-    perplexity_after: float | None
-    held_out_tokens: int
-    seconds: float
-    training_seconds: float
-    processes: int
-    memory: int
-    device_memory: int | None
-    model: str
-    history: str
-    checkpoints: str | None
-    metrics: str | None
+__all__ = ["Summary", "run", "training_texts"]
 
 
 def run(
@@ -71,19 +38,21 @@ def run(
     data: str,
     out: Path,
     *,
+    sparsity: float | None = None,
     resume: str | None = None,
     checkpoint_minutes: float = 10.0,
     track: Sequence[str] = (),
 ) -> Summary | None:
-    """Prune a model, save it, and say what it has come to.
+    """Prune a model, save it, and say what it has come to, which is also written beside it.
 
     Started as several processes by a launcher, all train, and the first one reads the model, measures, saves and has
     the summary; the others have None.
 
     :param model: directory, or a name on the hub
     :param recipe: a file, or the name of a recipe that comes with the package
-    :param data: see :func:`~elsa_modifier.pruning.texts.documents`
+    :param data: see :func:`~elsa_modifier.texts.documents.documents`
     :param out: directory of the pruned model
+    :param sparsity: instead of the recipe's
     :param resume: None is what the recipe says
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say; 0 makes none
     :param track: trackers beside those of the recipe
@@ -94,8 +63,7 @@ def run(
     first, processes = is_first_process(), launched_ranks()
     if not first:
         _be_quiet()
-    elsa = modifier_of_recipe(recipe)
-    modifiers = Recipe.create_instance(str(find_recipe(recipe))).modifiers
+    modifiers = modifiers_of(recipe, sparsity=sparsity)
     pruners = [modifier for modifier in modifiers if isinstance(modifier, ELSAModifier)]
     for modifier in pruners:
         if modifier.checkpoint_every is None and checkpoint_minutes > 0:
@@ -107,14 +75,13 @@ def run(
     if not first:
         # It would write over what the first one does.
         tokenizer.save_pretrained = lambda *_, **__: ()
-    dense = _load(model, sharded=processes > 1 and elsa.parallel == "fsdp")
-    length = _length(elsa, dense)
-    tokens = length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
+    dense = _load(model, sharded=processes > 1 and pruners[0].parallel == "fsdp")
+    length, tokens = _length_and_tokens(pruners, dense.config)
     texts = read_texts(data, tokenizer, length=length, tokens=tokens)
     before = _measured(dense, texts.held_out, "Perplexity before") if first else None
     try:
         pruned = oneshot(
-            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
+            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=modifiers, output_dir=str(out)
         )
     except (TrainingDiverged, RankFailed) as error:
         raise ValueError(str(error)) from error
@@ -124,11 +91,13 @@ def run(
     masks = last.masks.values()
     checkpointing = last._checkpointing
     directory = checkpointing.directory if isinstance(checkpointing, Checkpointing) else None
-    return Summary(
+    summary = Summary(
         sparsity=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         perplexity_before=before,
         perplexity_after=_measured(pruned, texts.held_out, "Perplexity after"),
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
+        training_tokens=length * len(texts.training),
+        epochs=tokens / (length * len(texts.training)),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
         processes=processes,
@@ -138,7 +107,14 @@ def run(
         history=str(out / HISTORY_FILE),
         checkpoints=str(directory) if directory and last.checkpoint_every else None,
         metrics=str(directory / METRICS_FILE) if directory else None,
+        base=model,
+        data=data,
+        recipe=str(recipe),
+        base_on_hub=not Path(model).exists(),
+        data_on_hub=not Path(data).exists(),
     )
+    summary.write(out)
+    return summary
 
 
 def _load(model: str, *, sharded: bool) -> PreTrainedModel:
@@ -156,13 +132,21 @@ def _be_quiet() -> None:
     logger.disable("elsa_modifier")
 
 
-def _as_list(modifiers: Sequence[Modifier]) -> list[Modifier]:
-    return list(modifiers)
+def training_texts(model: str, recipe: str | Path, data: str) -> Texts:
+    """The texts that :func:`run` would train on, and hold out.
+
+    :raises ValueError: as :func:`run`
+    """
+    pruners = [modifier for modifier in modifiers_of(recipe) if isinstance(modifier, ELSAModifier)]
+    length, tokens = _length_and_tokens(pruners, AutoConfig.from_pretrained(model))
+    return read_texts(data, AutoTokenizer.from_pretrained(model), length=length, tokens=tokens)
 
 
-def _length(modifier: ELSAModifier, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(modifier.sequence_length, limit or modifier.sequence_length)
+def _length_and_tokens(pruners: Sequence[ELSAModifier], config: PretrainedConfig) -> tuple[int, int]:
+    """Tokens of a sequence, and of all that the run goes over."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(pruners[0].sequence_length, limit or pruners[0].sequence_length)
+    return length, length * sum(m.steps * m.batch_size * m.gradient_accumulation_steps for m in pruners)
 
 
 def _measured(model: PreTrainedModel, held_out: Tensor | None, title: str) -> float | None:

@@ -1,0 +1,3 @@
+from tests.sparse.conftest import pruned
+
+__all__ = ["pruned"]
