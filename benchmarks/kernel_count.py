@@ -2,8 +2,7 @@
 
 A step and a projection run on tensors that have a device and no values. What they do is counted: the updates that are
 compiled as the kernels that inductor writes for an H100, everything else as it is dispatched to torch, an operation a
-kernel. Nothing is timed. The rows *before* come from the code as it was before updates were compiled, counted by
-dispatch.
+kernel. Nothing is timed.
 """
 
 import argparse
@@ -169,26 +168,25 @@ def count(case: Case) -> list[dict[str, Any]]:
 
 
 def _page(rows: list[dict[str, Any]]) -> list[str]:
-    last = {(row["label"], row["case"], row["of"]): row for row in rows}
+    last = {(row["case"], row["of"]): row for row in rows}
     lines = [
         "# Kernels of a step",
         "",
         f"One weight of {_WIDTH} x {_WIDTH}: the base optimizer's step with ADMM's part, and a projection. Kernels,",
         "bytes that they read and write for each entry, and how often the host waits for a value. **Counted, not",
         "run: no GPU was there.** Compiled updates are counted as the kernels that inductor writes for an H100, all",
-        "else by dispatch, an operation a kernel. Before: by dispatch, on an accelerator's path, in main memory.",
+        "else by dispatch, an operation a kernel.",
         "What a projection does once for all weights, choosing digits from counts, is among its kernels here: most of",
         "them, with few bytes.",
         "",
         "`python -m benchmarks.kernel_count` prints and writes this.",
         "",
-        "| | | kernels, before | now | bytes a weight, before | now | reads by the host, before | now |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | | kernels | bytes a weight | reads by the host |",
+        "|---|---|---|---|---|",
     ]
     for case in CASES:
         for of in ("step", "projection"):
-            before, now = (last.get((label, case.title, of), {}) for label in ("before", "now"))
-            cells = [f"{r.get(key, '')}" for key in ("kernels", "bytes", "reads") for r in (before, now)]
+            cells = [str(last[case.title, of][key]) for key in ("kernels", "bytes", "reads")]
             lines.append("| " + " | ".join([case.title, of, *cells]) + " |")
     return lines
 
@@ -198,7 +196,7 @@ def main() -> None:
     parser.parse_args()
     for case in CASES:
         for row in count(case):
-            append_row("kernel_count", {"label": "now"} | row)
+            append_row("kernel_count", row)
     publish("kernel_count", _page(read_rows("kernel_count")))
 
 

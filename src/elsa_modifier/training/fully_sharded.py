@@ -111,6 +111,8 @@ class FullySharded(Replicated):
     def teacher(self) -> PreTrainedModel:
         dtype = teacher_dtype(self.ranks.device)
         made = sharded_copy(self.original, self.ranks, self._mesh, dtype=dtype, autocast=False)
+        for parameter in made.parameters():
+            parameter.data = parameter.data.to(trained_dtype(parameter, torch.bfloat16)).to(parameter.dtype)
         embed_in_fp32(made)
         return made
 

@@ -31,5 +31,5 @@ def precision_on(device: torch.device, field: PrecisionField, *, weights: torch.
 
 
 def teacher_dtype(device: torch.device) -> torch.dtype:
-    """Of a teacher's matrices: half the memory where it costs no time."""
+    """What a teacher's matrices are held in: bf16, half the memory, where it costs no time."""
     return torch.bfloat16 if multiplies_bf16(device) else torch.float32
