@@ -26,14 +26,15 @@ __all__ = ["Distillation", "copy_as_teacher"]
 
 def copy_as_teacher(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in evaluation mode that needs no gradients, its matrices rounded to bf16 and held in
-    :func:`.teacher_dtype`: the same teacher on every device, and at no time the model itself, whose gradients would be
-    rounding alone."""
+    :func:`.teacher_dtype`: the same teacher on every device, and never the model itself, towards which all gradients
+    would be rounding alone."""
     copies: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for parameter in model.parameters():
-        held = parameter.detach().clone()
-        if parameter.is_floating_point():
-            rounded = held.to(trained_dtype(parameter, torch.bfloat16))
-            held = rounded.to(trained_dtype(parameter, teacher_dtype(parameter.device)))
+        floating = parameter.is_floating_point()
+        rounded = trained_dtype(parameter, torch.bfloat16) if floating else parameter.dtype
+        held = parameter.detach().to(rounded, copy=True)
+        if floating:
+            held = held.to(trained_dtype(parameter, teacher_dtype(parameter.device)))
         copies[id(parameter)] = nn.Parameter(held, requires_grad=False)
     return copy.deepcopy(model, memo=copies).eval()
 
