@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,21 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elsa_cli.output import errors_in_words, plain
+from elsa_cli.output import Dtype, errors_in_words, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.evaluating.record import Evaluation
 
 __all__ = ["evaluate"]
-
-
-class Dtype(str, Enum):
-    """What a model can compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,20 @@ from rich.text import Text
 
 from elsa_sparse.errors import printable
 
-__all__ = ["Source", "errors_in_words", "megabytes", "plain"]
+__all__ = ["Dtype", "Source", "errors_in_words", "megabytes", "plain"]
 
 Source = Annotated[
     Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", exists=True, file_okay=False, show_default=False)
 ]
+
+
+class Dtype(str, Enum):
+    """What a model can compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def megabytes(count: int) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elsa_cli.output import errors_in_words, plain
+from elsa_cli.output import Dtype, errors_in_words, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.sweeping.record import Sweep
@@ -48,6 +48,7 @@ def sweep(
         list[str] | None, typer.Option(help="Tasks of lm-eval; paper is short for the seven of the paper.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.", min=1)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What models are judged in; auto: the checkpoint's.")] = Dtype.auto,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Between training checkpoints, if the recipe does not say; 0 makes none.", min=0)
     ] = 10.0,
@@ -68,6 +69,7 @@ def sweep(
             evaluate=tuple(evaluate or ()),
             windows=windows,
             tasks=TaskSettings(names, limit) if names else None,
+            dtype=dtype.value,
             checkpoint_minutes=checkpoint_minutes,
             keep_checkpoints=keep_checkpoints,
         )

@@ -119,7 +119,9 @@ def test_others(page, words):
 
 @pytest.mark.parametrize("page,words", named(inline_commands()))
 def test_inline(page, words):
-    if words[0] == "elsa":
+    if words[:2] == ["elsa", "lm-eval"] and len(words) > 2:
+        check(["lm_eval", *words[2:]])  # whose arguments it takes
+    elif words[0] == "elsa":
         options = {word for word in words if word.startswith("--")}
         assert options <= options_of(words[1])
     else:

@@ -57,8 +57,10 @@ def score(
     device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     batch = max(1, _TOKENS // windows.shape[1])
-    for ids in tqdm(windows.split(batch), desc=title, unit="window", unit_scale=batch, delay=2):
-        sums += _sums(model, dense, ids.to(device))
+    with tqdm(total=len(windows), desc=title, unit="window", delay=2) as bar:
+        for ids in windows.split(batch):
+            sums += _sums(model, dense, ids.to(device))
+            bar.update(len(ids))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     loss, dense_loss, agreed, divergence = (float(total) / tokens for total in sums)
     if dense is None:

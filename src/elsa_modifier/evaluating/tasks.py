@@ -135,16 +135,20 @@ def measure_tasks(model: Any, settings: TaskSettings) -> tuple[TaskResult, ...]:
     )
 
 
-@lru_cache(maxsize=1)
 def _manager(settings: TaskSettings) -> Any:
     """lm-eval's index of tasks: of the user's own alone if those are all, as reading its thousands takes a while."""
-    from lm_eval.tasks import TaskManager
-
     if settings.include is not None:
-        own = TaskManager(include_path=str(settings.include), include_defaults=False)
+        own = _index(settings.include, defaults=False)
         if set(settings.expanded) <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=None if settings.include is None else str(settings.include))
+    return _index(settings.include, defaults=True)
+
+
+@lru_cache(maxsize=2)
+def _index(include: Path | None, *, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if include is None else str(include), include_defaults=defaults)
 
 
 def _results(task: str, values: Mapping[str, Any], found: Mapping[str, Any], limit: int | None) -> Sequence[TaskResult]:

@@ -39,6 +39,7 @@ class SweepSettings:
         of the training text
     :param windows: of each of them, at most
     :param tasks: of lm-eval, if any
+    :param dtype: that models are judged in, see :data:`~elsa_modifier.evaluating.models.DTYPES`
     :param checkpoint_minutes: between training checkpoints, where the recipe does not say
     :param keep_checkpoints: of runs that are finished; otherwise they are deleted
     :param batch_size: questions of a task at a time
@@ -47,6 +48,7 @@ class SweepSettings:
     evaluate: tuple[str, ...] = ()
     windows: int | None = None
     tasks: TaskSettings | None = None
+    dtype: str = "auto"
     checkpoint_minutes: float = 10.0
     keep_checkpoints: bool = False
     batch_size: int = 8
@@ -165,13 +167,15 @@ class _Judge:
                 return there
         except (OSError, ValueError):
             pass
-        pruned = load_model(str(directory))
+        pruned = load_model(str(directory), dtype=self._settings.dtype)
         evaluation = replace(self._evaluate(pruned, self._loaded_dense()), model=str(directory), dense=self._model)
         evaluation.write(directory)
         return evaluation
 
     def is_of(self, evaluation: Evaluation) -> bool:
-        """Whether it is of these texts and tasks."""
+        """Whether it is of these texts and tasks, in this dtype."""
+        if self._settings.dtype not in ("auto", evaluation.dtype):
+            return False
         have = [(found.text, found.window, found.tokens) for found in evaluation.perplexity]
         want = [(t.name, t.windows.shape[1], t.windows.shape[0] * (t.windows.shape[1] - 1)) for t in self._texts]
         tasks = self._settings.tasks
@@ -185,7 +189,7 @@ class _Judge:
 
     def _loaded_dense(self) -> PreTrainedModel:
         if self._dense is None:
-            self._dense = load_model(self._model)
+            self._dense = load_model(self._model, dtype=self._settings.dtype)
         return self._dense
 
     def _evaluate(self, model: PreTrainedModel, dense: PreTrainedModel | None) -> Evaluation:
