@@ -25,6 +25,7 @@ from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.named_recipes import find_recipe
 from elsa_modifier.planning.settings import modifier_of_recipe
 from elsa_modifier.pruning.texts import read_texts
+from elsa_modifier.resuming.directory import complete_checkpoints
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
 from elsa_modifier.tracking import METRICS_FILE
@@ -44,10 +45,12 @@ class Summary:
     :param held_out_tokens: that it was measured on
     :param seconds: of this process, from loading to saving
     :param training_seconds: of all steps, in this process and those before it
+    :param steps, tokens: optimizer steps, and tokens that they predicted, in this process and those before it
     :param processes: that trained
     :param memory: most that was held by the first of them, bytes of main memory; ``device_memory`` of an accelerator's,
         or None
     :param model, history, checkpoints, metrics: where these are; None where there is none
+    :param checkpoint_bytes: on disk, of the training checkpoints that there are now
     """
 
     sparsity: float
@@ -56,6 +59,8 @@ class Summary:
     held_out_tokens: int
     seconds: float
     training_seconds: float
+    steps: int
+    tokens: int
     processes: int
     memory: int
     device_memory: int | None
@@ -63,6 +68,7 @@ class Summary:
     history: str
     checkpoints: str | None
     metrics: str | None
+    checkpoint_bytes: int
 
 
 def run(
@@ -114,7 +120,13 @@ def run(
     before = _measured(dense, texts.held_out, "Perplexity before") if first else None
     try:
         pruned = oneshot(
-            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=_as_list(modifiers), output_dir=str(out)
+            model=dense,
+            tokenizer=tokenizer,
+            dataset=texts.training,
+            recipe=_as_list(modifiers),
+            output_dir=str(out),
+            # All are used whatever it says, and it would warn if there were fewer.
+            num_calibration_samples=len(texts.training),
         )
     except (TrainingDiverged, RankFailed) as error:
         raise ValueError(str(error)) from error
@@ -131,6 +143,8 @@ def run(
         held_out_tokens=0 if texts.held_out is None else texts.held_out.numel(),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
+        steps=sum(len(modifier.history) for modifier in pruners),
+        tokens=sum(record.tokens for modifier in pruners for record in modifier.history),
         processes=processes,
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -138,7 +152,12 @@ def run(
         history=str(out / HISTORY_FILE),
         checkpoints=str(directory) if directory and last.checkpoint_every else None,
         metrics=str(directory / METRICS_FILE) if directory else None,
+        checkpoint_bytes=_size(complete_checkpoints(directory)) if directory else 0,
     )
+
+
+def _size(directories: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for directory in directories for file in directory.iterdir())
 
 
 def _load(model: str, *, sharded: bool) -> PreTrainedModel:
