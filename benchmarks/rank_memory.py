@@ -51,7 +51,14 @@ SHAPE: dict[str, Any] = dict(
     eos_token_id=0,
     pad_token_id=0,
 )
-TINY = SHAPE | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=512)
+TINY = SHAPE | dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+)
 
 
 def measure(directory: str, result: str, recipe: str) -> None:

@@ -75,6 +75,7 @@ def _print(summary: "Summary") -> None:
     else:
         table.add_row("perplexity", "not measured: too little text to hold some out")
     table.add_row("text", f"{summary.training_tokens:,} tokens, gone over {summary.epochs:.1f} times")
+    table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} predicted tokens")
     table.add_row("time", f"{_duration(summary.seconds)}; training {_duration(summary.training_seconds)} in all")
     memory = f"{megabytes(summary.memory)} MB"
     if summary.device_memory is not None:
@@ -82,14 +83,12 @@ def _print(summary: "Summary") -> None:
     if summary.processes > 1:
         memory += f", in the first of {summary.processes} processes"
     table.add_row("most memory", memory)
-    for name, place in (
-        ("model", summary.model),
-        ("history", summary.history),
-        ("metrics", summary.metrics),
-        ("training checkpoints", summary.checkpoints),
-    ):
+    for name, place in (("model", summary.model), ("history", summary.history), ("metrics", summary.metrics)):
         if place is not None:
             table.add_row(name, plain(place))
+    if summary.checkpoints is not None:
+        size = f" ({megabytes(summary.checkpoint_bytes)} MB, which are not needed any more)"
+        table.add_row("training checkpoints", plain(summary.checkpoints) + size)
     Console().print(table)
 
 

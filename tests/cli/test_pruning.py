@@ -45,6 +45,9 @@ def test_summary(command, tmp_path):
     assert summary["perplexity_before"] > 1 and summary["perplexity_after"] > 1
     assert summary["held_out_tokens"] % 16 == 0 and summary["memory"] > 10**8
     assert summary["seconds"] > summary["training_seconds"] > 0
+    assert (summary["steps"], summary["tokens"]) == (12, 12 * 2 * 15)
+    kept = [file for file in (tmp_path / "out-training").glob("step-*/*") if file.is_file()]
+    assert summary["checkpoint_bytes"] == sum(file.stat().st_size for file in kept) > 10**5
     model = AutoModelForCausalLM.from_pretrained(summary["model"])
     assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) > 0.5
     lines = (tmp_path / "out-training" / "metrics.jsonl").read_text().splitlines()
@@ -70,6 +73,7 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch):
     said = command("--checkpoint-minutes", "1e-9")
     logger.remove(handler)
     assert "perplexity" in said.stdout and "80.0" in said.stdout and "out-training" in said.stdout
+    assert "12 steps, 360 predicted tokens" in said.stdout and "MB, which are not needed any more" in said.stdout
     assert any("Going on after step 5" in message for message in logged)
     resumed, first = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "whole"))
     assert all(torch.equal(resumed[name], first[name]) for name in first)

@@ -21,6 +21,7 @@ from elsa_modifier.fields import CheckpointEvery
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.pruning.recipes import modifiers_of
 from elsa_modifier.pruning.summary import Summary
+from elsa_modifier.resuming.directory import complete_checkpoints
 from elsa_modifier.resuming.session import Checkpointing
 from elsa_modifier.saving import HISTORY_FILE
 from elsa_modifier.texts.windows import Texts, read_texts
@@ -81,7 +82,13 @@ def run(
     before = _measured(dense, texts.held_out, "Perplexity before") if first else None
     try:
         pruned = oneshot(
-            model=dense, tokenizer=tokenizer, dataset=texts.training, recipe=modifiers, output_dir=str(out)
+            model=dense,
+            tokenizer=tokenizer,
+            dataset=texts.training,
+            recipe=modifiers,
+            output_dir=str(out),
+            # All are used whatever it says, and it would warn if there were fewer.
+            num_calibration_samples=len(texts.training),
         )
     except (TrainingDiverged, RankFailed) as error:
         raise ValueError(str(error)) from error
@@ -100,6 +107,8 @@ def run(
         epochs=tokens / (length * len(texts.training)),
         seconds=time.perf_counter() - began,
         training_seconds=sum(modifier.history[-1].seconds for modifier in pruners),
+        steps=sum(len(modifier.history) for modifier in pruners),
+        tokens=sum(record.tokens for modifier in pruners for record in modifier.history),
         processes=processes,
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -112,9 +121,14 @@ def run(
         recipe=str(recipe),
         base_on_hub=not Path(model).exists(),
         data_on_hub=not Path(data).exists(),
+        checkpoint_bytes=_size(complete_checkpoints(directory)) if directory else 0,
     )
     summary.write(out)
     return summary
+
+
+def _size(directories: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for directory in directories for file in directory.iterdir())
 
 
 def _load(model: str, *, sharded: bool) -> PreTrainedModel:

@@ -30,6 +30,8 @@ class Summary:
     :param model, history, checkpoints, metrics: where these are; None where there is none
     :param base, data, recipe: what the run was given, as it was given; None in files that do not say
     :param processes: that trained
+    :param steps, tokens: optimizer steps, and tokens that they predicted, in this process and those before it
+    :param checkpoint_bytes: on disk, of the training checkpoints that there are now
     :param base_on_hub, data_on_hub: whether that is a name on the hub, and no file or directory
     """
 
@@ -53,6 +55,9 @@ class Summary:
     base_on_hub: bool = False
     data_on_hub: bool = False
     processes: int = 1
+    steps: int = 0
+    tokens: int = 0
+    checkpoint_bytes: int = 0
 
     def write(self, directory: Path) -> None:
         """Into a directory, all at once.
