@@ -20,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.measuring import publish, resident
+from benchmarks.measuring import MALLOC, publish, resident
 from elsa_modifier.training import objective
 from elsa_modifier.training.objective import next_token_loss
 from elsa_modifier.training.tail import run_body
@@ -41,7 +41,6 @@ WAYS = {
     "chunks": "chunks, gradients on the way forward",
     "checkpointed": "chunks, checkpointed",
 }
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def _checkpointed_loss(model: PreTrainedModel, ids: torch.Tensor, size: int) -> torch.Tensor:

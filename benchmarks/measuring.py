@@ -14,12 +14,15 @@ from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
 from benchmarks.models import SMOLLM2, BenchmarkModel
 from elsa_modifier.evaluation import perplexity
 
-__all__ = ["BUDGET", "LENGTH", "ROOT", "Results", "append_row", "measure", "publish", "read_rows", "resident"]
+__all__ = ["BUDGET", "LENGTH", "MALLOC", "ROOT", "Results", "append_row", "measure", "publish", "read_rows", "resident"]
 
 ROOT = Path(__file__).resolve().parent.parent
 # SmolLM2's, which is all that most benchmarks look at.
 LENGTH = SMOLLM2.sequence_length
 BUDGET = SMOLLM2.budget
+# Environment of a process whose resident memory is to follow its tensors: glibc returns them to the kernel at once,
+# also where what is around says otherwise, as is good for speed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_MAX_": "1000000"}
 
 
 class Results:

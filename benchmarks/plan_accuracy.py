@@ -16,7 +16,7 @@ import torch
 from llmcompressor.utils.dev import get_main_device
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OPTConfig, PreTrainedConfig, get_scheduler
 
-from benchmarks.measuring import publish, resident
+from benchmarks.measuring import MALLOC, publish, resident
 from elsa_modifier import ELSAModifier
 from elsa_modifier.planning import MemoryPlan, Planner
 from elsa_modifier.training.data import PackedBatches
@@ -26,7 +26,6 @@ from elsa_modifier.training.parallel import Alone
 from elsa_modifier.training.run import build_optimizer
 
 STEPS = 2
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 # What the rows vary: depth against width, vocabulary, kind of attention and of norm, tied or not; and the recipe.
 LLAMA = LlamaConfig(

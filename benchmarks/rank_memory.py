@@ -21,8 +21,7 @@ from llmcompressor import oneshot
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.measuring import publish, resident
-from benchmarks.plan_accuracy import MALLOC
+from benchmarks.measuring import MALLOC, publish, resident
 from benchmarks.ranks import save_tokenizer
 from elsa_modifier import ELSAModifier
 from elsa_modifier.planning import MemoryPlan, Planner

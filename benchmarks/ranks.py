@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.measuring import publish, resident
+from benchmarks.measuring import MALLOC, publish, resident
 from elsa_modifier import ELSAModifier
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.evaluation import perplexity
@@ -60,7 +60,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ELSA_L = list(RECIPES)[-1]
 LAYOUTS = {"2, each with all": (2, "ddp"), "2, each with a part": (2, "fsdp"), "4, each with a part": (4, "fsdp")}
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 
 
 def language(sequences: int, seed: int) -> Tensor:
@@ -167,7 +166,7 @@ def _run(directory: Path, count: int, jobs: list[tuple[str, dict[str, Any]]]) ->
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "benchmarks.ranks", "--prune", str(directory), str(result), json.dumps(jobs)]
-    subprocess.run(command, env=os.environ | MALLOC, check=True, capture_output=True)
+    subprocess.run(command, env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     by_rank = [torch.load(f"{result}.{rank}") for rank in range(count)]
     return [list(of_job) for of_job in zip(*by_rank, strict=True)]
 
