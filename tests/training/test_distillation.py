@@ -25,7 +25,7 @@ WEIGHTS = {
 @pytest.fixture
 def exact_teacher(monkeypatch):
     """A teacher in fp32, so that nothing is rounded."""
-    monkeypatch.setattr(distillation, "teacher_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(distillation, "trained_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(distillation.torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 

@@ -112,7 +112,9 @@ class FullySharded(Replicated):
         dtype = teacher_dtype(self.ranks.device)
         made = sharded_copy(self.original, self.ranks, self._mesh, dtype=dtype, autocast=False)
         for parameter in made.parameters():
-            parameter.data = parameter.data.to(trained_dtype(parameter, torch.bfloat16)).to(parameter.dtype)
+            # In place: what is gathered are views of these tensors.
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own.detach().copy_(own.detach().to(trained_dtype(parameter, torch.bfloat16)))
         embed_in_fp32(made)
         return made
 
