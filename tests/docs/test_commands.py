@@ -150,6 +150,8 @@ def check(words):
             compile(code, "docs", "exec")
         case ["sh" | "sbatch", script, *_]:
             assert (ROOT / script).is_file()
+        case ["torchrun", "--nproc-per-node", _, "-m", "elsa_cli", command, *_]:
+            assert command in typer.main.get_command(app).commands
         case ["torchrun", *_, script]:
             assert (ROOT / "examples" / "multi_gpu" / script).is_file()
         case ["vllm", "serve", _, *options]:  # tests/serving starts servers with these
