@@ -79,9 +79,9 @@ def test_the_figure(command, tmp_path):
 def test_a_run_that_was_killed_goes_on(command, pruned, tmp_path, monkeypatch):
     inner = TrainingCheckpoints.after_step
 
-    def after_step(self, record):
-        inner(self, record)
-        if record.step == 3 and len(pruned) == 2:
+    def after_step(self, step, catch_up):
+        inner(self, step, catch_up)
+        if step == 3 and len(pruned) == 2:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -91,7 +91,9 @@ def test_a_run_that_was_killed_goes_on(command, pruned, tmp_path, monkeypatch):
     began = []
     patch_steps = TrainingCheckpoints.after_step
     monkeypatch.setattr(
-        TrainingCheckpoints, "after_step", lambda self, record: began.append(record.step) or patch_steps(self, record)
+        TrainingCheckpoints,
+        "after_step",
+        lambda self, step, *rest: began.append(step) or patch_steps(self, step, *rest),
     )
     command(50, 80, more=("--checkpoint-minutes", "1e-9"))
     assert pruned == [0.5, 0.8, 0.8] and began == [4, 5, 6] and len(Sweep.read(tmp_path / "out").points) == 2
