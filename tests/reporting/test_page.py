@@ -177,7 +177,7 @@ def test_text_can_be_read(full):
     figures = re.findall(r"<svg .*?</svg>", html, re.DOTALL)
     for figure in figures:
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', figure)[1])
-        sizes = [float(size) for size in re.findall(r"font: (?:\w+ )*([\d.]+)px", figure)]
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:\w+ )*([\d.]+)px", figure)]
         # Points in the file; 350 px wide on a phone of 390.
         assert sizes and min(sizes) * 350 / width >= 12
     themes = re.findall(r":root \{(.*?)\}", html, re.DOTALL)
