@@ -22,6 +22,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
 
+from elsa_modifier.admm import bitmask
+
 __all__ = ["Kernels", "can_fake_cuda", "fake_cuda", "written_kernels"]
 
 _GUARD = """
@@ -53,8 +55,18 @@ def can_fake_cuda() -> bool:
 def fake_cuda() -> Iterator[FakeTensorMode]:
     """Within the context ``device="cuda"`` makes tensors without values; whatever needs a value raises."""
     _install_guard()
-    with FakeTensorMode() as mode:
-        yield mode
+    _forget_tables()
+    try:
+        with FakeTensorMode() as mode:
+            yield mode
+    finally:
+        _forget_tables()
+
+
+def _forget_tables() -> None:
+    # Those with values are of no use among tensors without, nor the other way round.
+    bitmask._selection_table.cache_clear()
+    bitmask._bit_table.cache_clear()
 
 
 class Kernels(NamedTuple):

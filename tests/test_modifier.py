@@ -326,8 +326,8 @@ def test_masked_training_follows_the_mask(load, texts, before_first_step):
     def watch(run, targets, optimizer):
         step = optimizer.step
 
-        def watched():
-            step()
+        def watched(ok):
+            step(ok)
             if optimizer.frozen:
                 supports.append({t.name: (t.module.weight != 0).clone() for t in targets})
 
@@ -452,7 +452,7 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(penalty=dict(strength=1)), "penalty.strength\n  Extra inputs"),
         (dict(projection="wanda"), "projection\n  Input should be 'fisher' or 'magnitude'"),
         (dict(finalize=1.5), "finalize\n  Input should be less than or equal to 1"),
-        (dict(precision="fp16"), "precision\n  Input should be 'bf16' or 'fp32'"),
+        (dict(precision="fp16"), "precision\n  Input should be 'auto', 'bf16' or 'fp32'"),
         (dict(sparsty=0.9), "sparsty\n  Extra inputs"),
     ],
     ids=lambda value: str(value)[:40],

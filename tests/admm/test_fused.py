@@ -207,6 +207,7 @@ def test_hashed_noise_is_a_function_of_the_entry():
             assert float((a == b).double().mean()) < 1e-3
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_every_update_is_one_graph(fuse, monkeypatch):
     """Nothing in them is left to Python, and what changes from step to step is not compiled in."""
     fuse()
@@ -218,7 +219,6 @@ def test_every_update_is_one_graph(fuse, monkeypatch):
         return compiled[update]
 
     monkeypatch.setattr(placement, "_fused", traced)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     torch._dynamo.reset()
     weight = nn.Parameter(torch.randn(64, 64).bfloat16())
     optimizer = ADMMOptimizer(
