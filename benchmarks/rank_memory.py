@@ -40,8 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 SHAPE: dict[str, Any] = dict(
     vocab_size=4096,
-    hidden_size=768,
-    intermediate_size=2048,
+    hidden_size=1536,
+    intermediate_size=4096,
     num_hidden_layers=12,
     num_attention_heads=12,
     num_key_value_heads=12,

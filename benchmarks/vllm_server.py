@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PYTHON", "Server", "serve"]
+__all__ = ["PYTHON", "Server", "serve", "server_environment"]
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
@@ -88,7 +88,7 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_without_allocator_settings() | _ENVIRONMENT | dict(environment or {}),
+            env=server_environment(environment),
             cwd=log.parent,
             start_new_session=True,
         )
@@ -110,6 +110,8 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
         process.wait()
 
 
-def _without_allocator_settings() -> dict[str, str]:
+def server_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that a server here gets, besides ``environment``."""
     # The Makefile has memory kept that is freed, which helps training. No user's server does, and here it is measured.
-    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return inherited | _ENVIRONMENT | dict(environment or {})

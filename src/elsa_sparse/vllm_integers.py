@@ -33,6 +33,10 @@ from elsa_sparse.vllm_packing import Savings, keep_packed, pack_integers
 __all__ = ["SparseCompressedTensorsConfig", "SparseIntegersMethod"]
 
 
+# Its scheme chooses this whether or not it is there, and builds of vLLM for AVX2 are without.
+_KERNEL_OF_4_BITS = "cpu_gemm_wna16"
+
+
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
     """vLLM's configuration of compressed-tensors, but for linear layers that are compressed."""
 
@@ -145,6 +149,8 @@ class SparseIntegersMethod(LinearMethodBase):
 
     def _hand_back(self, layer: Any) -> bool:
         """Give the layer to vLLM's scheme; False if that computes with no such integers on this machine."""
+        if not hasattr(torch.ops._C, _KERNEL_OF_4_BITS):
+            return False
         loaded = {name: getattr(layer, name) for name in ("weight_packed", "weight_scale")}
         try:
             self._scheme.create_weights(layer=layer, **self._arguments)

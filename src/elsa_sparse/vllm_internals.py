@@ -16,6 +16,7 @@ what                                             for what
 ``UnquantizedLinearMethod``                      what computes with a layer that stays dense
 ``CompressedTensorsConfig``, ``...LinearMethod``,  integers that a quantizer packed: which layers have them, the
 ``...WNA16``, the classes of parameters          parameters that they are loaded into, what computes with them otherwise
+``torch.ops._C.cpu_gemm_wna16``                  whether this build computes with 4 bits itself
 ===============================================  ======================================================================
 
 Imported only where :func:`version_problem` finds nothing.

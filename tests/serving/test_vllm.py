@@ -12,11 +12,8 @@ from tests.serving.asking import DENSE, TOKENS, ask, prompt_of
 pytestmark = pytest.mark.serving
 
 
-def test_served_as_the_dense_model_is(checkpoints, tmp_path):
+def test_served_as_the_dense_model_is(checkpoints, dense_answer, tmp_path):
     prompt = prompt_of(checkpoints / "dense")
-    with serve(checkpoints / "dense", tmp_path / "dense.log") as server:
-        dense = ask(server, prompt)
-        assert "Rebuilding sparse tensors" not in server.log
     # The format recognised by itself; and named.
     with serve(checkpoints / "coded", tmp_path / "coded.log", *DENSE) as server:
         coded = ask(server, prompt)
@@ -26,7 +23,7 @@ def test_served_as_the_dense_model_is(checkpoints, tmp_path):
         bitmask = ask(server, prompt)
         assert "Rebuilding sparse tensors: 100%" in server.log
 
-    logprobs, text, usage = dense
+    logprobs, text, usage = dense_answer
     assert len(logprobs) == TOKENS + 16 and len(set(logprobs)) > TOKENS // 2
     assert coded[0] == logprobs and bitmask[0] == logprobs
     assert coded[1] == bitmask[1] == text and text.strip()
