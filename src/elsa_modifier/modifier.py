@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from elsa_modifier.admm.bitmask import unpack_bits
-from elsa_modifier.admm.optimizer import Projection
+from elsa_modifier.admm.fisher import Projection
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.composition import check_recipe, check_unquantized, following, keep_in_recipe_file, trains

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from elsa_modifier.admm.bitmask import pack_bits
 from elsa_modifier.admm.constraint import Constraint
 from elsa_modifier.admm.placement import is_fused
 from elsa_modifier.admm.projection import MaskStructure, scores_beyond_pattern, sparse_mask
 from elsa_modifier.admm.scores import Scored, count_digits, count_faults, mask_bits, materialized, pattern_bits
 from elsa_modifier.admm.selection import Shards
-from elsa_modifier.admm.storage import BLOCK
+from elsa_modifier.admm.storage import BLOCK, chunks, in_blocks
 from elsa_modifier.admm.thresholds import Cut, Demand, count_scores, find_cuts
 
-__all__ = ["Choice", "Source", "choose"]
+__all__ = ["Choice", "Source", "choose", "choose_by_magnitude"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,23 @@ def choose(
     for i, own, keep in zip(cut, found, kept, strict=True):
         choices[i], keeps[i] = Choice(sources[i], own, keep), keep
     return choices, keeps
+
+
+def choose_by_magnitude(constraint: Constraint, shards: Shards) -> list[tuple[Tensor, int]]:
+    """The packed mask of each weight's largest magnitudes before the first step, and how many entries it keeps."""
+
+    def parts(number: int) -> list[Scored]:
+        weight = constraint.weights[number].weight.detach().view(-1)
+        return [Scored(in_blocks(weight[start:end])) for start, end in chunks(weight.numel(), weight.device)]
+
+    device = constraint.weights[0].weight.device
+    sources = [
+        Source(partial(constraint.magnitudes, i), partial(parts, i), pruned.structure)
+        for i, pruned in enumerate(constraint.weights)
+    ]
+    choices, keeps = choose(constraint, constraint.demand(0, range(len(sources))), sources, shards, device)
+    masks = [c.bits() if is_fused(device) else pack_bits(c.mask(c.source.scores())) for c in choices]
+    return list(zip(masks, keeps, strict=True))
 
 
 def _faults(source: Source, device: torch.device) -> Tensor:

@@ -1,43 +1,28 @@
 """ADMM around any torch optimizer: an x-update in every step, z- and u-updates in some, then a fixed mask."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_modifier.admm.bitmask import pack_bits
+from elsa_modifier.admm.base import BaseSteps
 from elsa_modifier.admm.budget import SharedBudget
-from elsa_modifier.admm.choosing import Choice, Source, choose
+from elsa_modifier.admm.choosing import Choice, Source, choose, choose_by_magnitude
 from elsa_modifier.admm.constraint import Constraint, PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.fisher import Projection, SecondMoments
 from elsa_modifier.admm.moments import MomentPart, SecondMoment
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
-from elsa_modifier.admm.placement import compiled, is_fused
-from elsa_modifier.admm.rounding import Key, drawn_key, hashed_int16, rounded_stochastically, uniform_int16
+from elsa_modifier.admm.placement import is_fused
+from elsa_modifier.admm.rounding import drawn_key
 from elsa_modifier.admm.scores import Scored
 from elsa_modifier.admm.selection import WHOLE, Shards
-from elsa_modifier.admm.state import ADMMState, Pull, negated_inverse, pull_
+from elsa_modifier.admm.state import ADMMState, Pull, negated_inverse, pull_weight_
 from elsa_modifier.admm.storage import BLOCK, Scratch, StateDtype, chunks, in_blocks
 
-__all__ = ["ADMMOptimizer", "Projection", "RoundsOnce"]
-
-Projection = Literal["fisher", "magnitude"]
-
-
-@runtime_checkable
-class RoundsOnce(Protocol):
-    """A base optimizer that takes ADMM's part of a step along, before new values are rounded to the weights' dtype.
-
-    ``before_rounding`` is asked in each step of a parameter that has a gradient, once for each of its
-    :func:`~elsa_modifier.admm.storage.chunks`, with the parameter, the chunk's start and end, and how many entries a
-    block of the base optimizer has. What it gives is for :func:`~elsa_modifier.admm.state.pull_`.
-    """
-
-    before_rounding: Callable[[Tensor, int, int, int], Pull | None] | None
+__all__ = ["ADMMOptimizer"]
 
 
 class ADMMOptimizer:
@@ -123,6 +108,7 @@ class ADMMOptimizer:
         self.shards = shards
         self.constraint = Constraint(self.weights, schedule, budget)
         self.constraint.check()
+        self._moments = SecondMoments(base, [w.weight for w in self.weights], projection)
         self.freeze_step = freeze_step
         self.prune_unreached = prune_unreached
         self.step_count = 0
@@ -133,12 +119,15 @@ class ADMMOptimizer:
         largest = max(w.weight.numel() for w in self.weights)
         self._scratch = None if is_fused(self._device) else Scratch(largest, self._device)
         self._ok: Tensor | None = None
-        self.states = self._first_states(form, dual, state_dtype)
+        options: dict[str, Any] = {"form": form, "dual": dual, "dtype": state_dtype}
+        # Magnitudes are all that is known at first.
+        self.states = [
+            ADMMState(w.weight.detach(), keep, w.structure, first=bits, **options)
+            for w, (bits, keep) in zip(self.weights, choose_by_magnitude(self.constraint, shards), strict=True)
+        ]
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._reached: set[int] = set()
-        self._rounds_once = base if isinstance(base, RoundsOnce) else None
-        # Of every parameter, for the time of a step taken one parameter after another.
-        self._group_of: dict[int, dict[str, Any]] = {}
+        self._base_steps = BaseSteps(base)
         if freeze_step <= 0:
             self._freeze()
 
@@ -150,28 +139,20 @@ class ADMMOptimizer:
             need not know yet, the x-update changes neither weights nor moments
         :raises ValueError: if a projection meets weights or moments that are not finite, or finds no second moment
         """
-        with self._unless_not(ok):
-            self._update_x([pruned.weight for pruned in self.weights], self._base_step)
+        self._ok = ok
+        try:
+            with self._base_steps.unless_not(ok):
+                self._update_x(
+                    [pruned.weight for pruned in self.weights], partial(self._base_steps.step, self._pull_of)
+                )
+        finally:
+            self._ok = None
         self.end_step()
 
     @property
     def can_skip(self) -> bool:
         """Whether the base optimizer can leave all as it is because of a value that is on its device."""
-        return isinstance(self.base, RoundsOnce) or all(group.get("fused") for group in self.base.param_groups)
-
-    @contextmanager
-    def _unless_not(self, ok: Tensor | None) -> Iterator[None]:
-        """Within the context a step changes something only if ``ok``."""
-        if ok is None:
-            yield
-            return
-        # By the name under which torch's GradScaler tells its optimizers.
-        self._ok, base = ok, cast("Any", self.base)
-        base.found_inf = (~ok).float()
-        try:
-            yield
-        finally:
-            self._ok = base.found_inf = None
+        return self._base_steps.can_skip
 
     @torch.no_grad()
     def step_parameter(self, parameter: nn.Parameter) -> None:
@@ -181,13 +162,13 @@ class ADMMOptimizer:
         when all have.
         """
         of_parameter = [parameter] if id(parameter) in self._state_of else []
-        self._update_x(of_parameter, lambda: self._base_step_of(parameter))
+        self._update_x(of_parameter, partial(self._base_steps.step_of, parameter, self._pull_of))
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Count the step, and update z and u or fix the mask if it is time; :meth:`step` does this itself."""
         self.step_count += 1
-        self._group_of.clear()
+        self._base_steps.end_step()
         if self.frozen:
             return
         if self.step_count >= self.freeze_step:
@@ -208,7 +189,7 @@ class ADMMOptimizer:
                 self._state_of[id(weight)].add_proximal_gradient_(weight.grad, weight, penalty, self._scratch)
         base_step()
         for weight in reached:
-            if self._rounds_once is None or weight.grad is None:  # otherwise it has been done in the base step
+            if not self._base_steps.rounds_once or weight.grad is None:  # otherwise it has been done in the base step
                 self._constrain(weight)
 
     def _constrain(self, weight: Tensor) -> None:
@@ -247,7 +228,9 @@ class ADMMOptimizer:
                     entered.append(state.move_to(choice.bits(), pruned.weight, own, ascent=ascent))
                 else:
                     options: dict[str, Any] = {"ascent": ascent, "select": choice.mask}
-                    entered.append(state.update(pruned.weight, own, self._fisher(pruned), self._scratch, **options))
+                    entered.append(
+                        state.update(pruned.weight, own, self._moments.fisher(pruned.weight), self._scratch, **options)
+                    )
             except ValueError as error:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
@@ -258,7 +241,9 @@ class ADMMOptimizer:
         sharing = [i for i, w in enumerate(self.weights) if self._is_reached(w.weight)]
         demand = self.constraint.demand(self.step_count, sharing)
         # Asked for again in each pass: the moments of all weights, dequantized, may not fit in memory.
-        corrections = self._bias_corrections()
+        corrections: Sequence[float | Tensor | None] = [None] * len(self.weights)
+        if self.constraint.budget is not None:
+            corrections = self._moments.bias_corrections()
         sources = [
             Source(partial(self._scores, i, penalty), partial(self._scored, i, penalty, by), w.structure, by)
             for i, (w, by) in enumerate(zip(self.weights, corrections, strict=True))
@@ -273,14 +258,14 @@ class ADMMOptimizer:
 
     def _scores(self, number: int, penalty: float) -> Tensor:
         pruned = self.weights[number]
-        own, fisher = self._own_penalty(pruned, penalty), self._fisher(pruned)
+        own, fisher = self._own_penalty(pruned, penalty), self._moments.fisher(pruned.weight)
         return self.states[number].scores(pruned.weight, own, fisher, self._scratch)
 
     def _scored(self, number: int, penalty: float, correction: float | Tensor | None) -> list[Scored]:
         """What the same is computed from, of each part of a weight on an accelerator."""
         pruned, state = self.weights[number], self.states[number]
         weight, inverse = pruned.weight.detach().view(-1), negated_inverse(self._own_penalty(pruned, penalty))
-        moment = self._second_moment(pruned)
+        moment = self._moments.of(pruned.weight)
         found = []
         for start, end in chunks(weight.numel(), weight.device):
             block = BLOCK
@@ -292,26 +277,6 @@ class ADMMOptimizer:
             x = in_blocks(weight[start:end], block)
             found.append(Scored(x, state.part(start, end, block), inverse, fisher, correction))
         return found
-
-    def _first_states(self, form: PenaltyForm, dual: bool, dtype: StateDtype) -> list[ADMMState]:
-        """At magnitude projections, when magnitudes are all that is known."""
-
-        def parts(number: int) -> list[Scored]:
-            weight = self.weights[number].weight.detach().view(-1)
-            return [Scored(in_blocks(weight[start:end])) for start, end in chunks(weight.numel(), weight.device)]
-
-        sources = [
-            Source(partial(self.constraint.magnitudes, i), partial(parts, i), pruned.structure)
-            for i, pruned in enumerate(self.weights)
-        ]
-        demand = self.constraint.demand(0, range(len(self.weights)))
-        choices, keeps = choose(self.constraint, demand, sources, self.shards, self._device)
-        states = []
-        for w, keep, choice, source in zip(self.weights, keeps, choices, sources, strict=True):
-            first = choice.bits() if is_fused(self._device) else pack_bits(choice.mask(source.scores()))
-            options: dict[str, Any] = {"form": form, "dual": dual, "dtype": dtype, "first": first}
-            states.append(ADMMState(w.weight.detach(), keep, w.structure, **options))
-        return states
 
     def _own_penalty(self, pruned: PrunedWeight, penalty: float) -> float:
         # Without a gradient there is no pull, and so no dual.
@@ -357,28 +322,6 @@ class ADMMOptimizer:
 
     def _is_reached(self, weight: Tensor) -> bool:
         return id(weight) in self._reached
-
-    def _base_step(self) -> None:
-        if self._rounds_once is None:
-            self.base.step()
-            return
-        # Not set for longer: a cycle of references would keep all states in memory until the next garbage collection.
-        self._rounds_once.before_rounding = self._pull_of
-        try:
-            self.base.step()
-        finally:
-            self._rounds_once.before_rounding = None
-
-    def _base_step_of(self, parameter: nn.Parameter) -> None:
-        if not self._group_of:
-            self._group_of = {id(p): group for group in self.base.param_groups for p in group["params"]}
-        group = self._group_of[id(parameter)]
-        all_groups, all_parameters = self.base.param_groups, group["params"]
-        self.base.param_groups, group["params"] = [group], [parameter]
-        try:
-            self._base_step()
-        finally:
-            self.base.param_groups, group["params"] = all_groups, all_parameters
 
     def zero_grad(self) -> None:
         """Drop all gradients of the base optimizer's parameters."""
@@ -436,66 +379,3 @@ class ADMMOptimizer:
 
     def _pairs(self) -> list[tuple[PrunedWeight, ADMMState]]:
         return list(zip(self.weights, self.states, strict=True))
-
-    def _bias_corrections(self) -> list[float | Tensor | None]:
-        """What each weight's scores are multiplied by, as their second moments are averages that started at zero.
-
-        Where scores of different weights are compared. Only up to a common factor, which changes no ranking: all are
-        None when all weights have taken as many steps.
-        """
-        nothing: list[float | Tensor | None] = [None] * len(self.weights)
-        if self.constraint.budget is None or self.projection == "magnitude":
-            return nothing
-        betas = {id(p): group["betas"][1] for group in self.base.param_groups for p in group["params"]}
-        steps = [self.base.state.get(w.weight, {}).get("step") for w in self.weights]
-        if any(isinstance(step, Tensor) and is_fused(step.device) for step in steps):
-            # torch counts there, and the host does not ask.
-            taken = [torch.ones((), device=self._device) if step is None else step for step in steps]
-            decayed = torch.tensor([betas[id(w.weight)] for w in self.weights], dtype=torch.float64).to(self._device)
-            factors = (1.0 - decayed ** torch.stack(taken).double()).rsqrt()
-            return list((factors / factors.max()).float().unbind())
-        known = [
-            None if step is None else 1.0 / math.sqrt(1.0 - betas[id(w.weight)] ** float(step))
-            for w, step in zip(self.weights, steps, strict=True)
-        ]
-        largest = max((k for k in known if k is not None), default=1.0)
-        return [None if k is None or k == largest else k / largest for k in known]
-
-    def _second_moment(self, pruned: PrunedWeight) -> Tensor | SecondMoment | None:
-        if self.projection == "magnitude":
-            return None
-        moments = self.base.state.get(pruned.weight)
-        if not moments:
-            return None  # no gradient yet (an expert without tokens): its magnitudes are all that is known
-        if "exp_avg_sq" not in moments:
-            raise ValueError(
-                f"projection is 'fisher', but {type(self.base).__name__} keeps no second moment (exp_avg_sq); "
-                "use an optimizer of the Adam family, or projection 'magnitude'"
-            )
-        found: Tensor | SecondMoment = moments["exp_avg_sq"]
-        # torchao's, in few bits, is a tensor of its own kind.
-        return found.dequantize() if isinstance(found, Tensor) and hasattr(found, "codes") else found
-
-    def _fisher(self, pruned: PrunedWeight) -> Tensor | None:
-        found = self._second_moment(pruned)
-        return found.dequantize() if isinstance(found, SecondMoment) else None if found is None else found.float()
-
-
-@compiled
-def pull_weight_(weight: Tensor, pull: Pull, noise: Key | None, ok: Tensor | None, *, is_mask: bool) -> None:
-    """:func:`~elsa_modifier.admm.state.pull_` on a part of a weight, fp32 or bf16, which is rounded stochastically.
-
-    :param noise: on an accelerator
-    :param ok: zero-dimensional bool: where it is False all stays as it is
-    :param is_mask: whether nothing has to be rounded
-    """
-    if ok is None and (is_mask or weight.dtype == torch.float32):
-        pull_(weight, pull)
-        return
-    buffer = None if pull.scratch is None else pull.scratch.weight[: weight.numel()].view(weight.shape)
-    values = weight.to(torch.float32, copy=True) if buffer is None else buffer.copy_(weight)
-    pull_(values, pull)
-    if weight.dtype != torch.float32:
-        drawn = uniform_int16(values) if noise is None else hashed_int16(noise, values.shape, values.device)[0]
-        values = rounded_stochastically(values, drawn)
-    weight.copy_(values if ok is None else torch.where(ok, values, weight.float()))

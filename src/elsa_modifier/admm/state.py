@@ -20,6 +20,7 @@ from elsa_modifier.admm.bitmask import count_entered, pack_bits, select_by_bits,
 from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.placement import compiled, is_fused
 from elsa_modifier.admm.projection import MaskStructure, projection_scores, sparse_mask
+from elsa_modifier.admm.rounding import Key, hashed_int16, rounded_stochastically, uniform_int16
 from elsa_modifier.admm.storage import (
     BLOCK,
     Scratch,
@@ -32,7 +33,7 @@ from elsa_modifier.admm.storage import (
     write_stored,
 )
 
-__all__ = ["ADMMState", "Part", "Pull", "negated_inverse", "point", "pull_"]
+__all__ = ["ADMMState", "Part", "Pull", "negated_inverse", "point", "pull_", "pull_weight_"]
 
 
 class Part(NamedTuple):
@@ -358,3 +359,23 @@ def _flat(tensor: Tensor) -> Tensor:
 def negated_inverse(penalty: float) -> float:
     """``-1 / penalty``, by which what is stored off the support is the dual; 0 at a penalty of 0."""
     return -1.0 / penalty if penalty > 0 else 0.0
+
+
+@compiled
+def pull_weight_(weight: Tensor, pull: Pull, noise: Key | None, ok: Tensor | None, *, is_mask: bool) -> None:
+    """:func:`pull_` on a part of a weight, fp32 or bf16, which is rounded stochastically.
+
+    :param noise: on an accelerator
+    :param ok: zero-dimensional bool: where it is False all stays as it is
+    :param is_mask: whether nothing has to be rounded
+    """
+    if ok is None and (is_mask or weight.dtype == torch.float32):
+        pull_(weight, pull)
+        return
+    buffer = None if pull.scratch is None else pull.scratch.weight[: weight.numel()].view(weight.shape)
+    values = weight.to(torch.float32, copy=True) if buffer is None else buffer.copy_(weight)
+    pull_(values, pull)
+    if weight.dtype != torch.float32:
+        drawn = uniform_int16(values) if noise is None else hashed_int16(noise, values.shape, values.device)[0]
+        values = rounded_stochastically(values, drawn)
+    weight.copy_(values if ok is None else torch.where(ok, values, weight.float()))

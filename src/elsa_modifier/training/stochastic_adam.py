@@ -46,7 +46,7 @@ class StochasticAdam(Optimizer):
     """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in fp32 arithmetic, on moments in 8 bits.
 
     bf16 parameters are rounded stochastically too, after whatever else changes them in a step: see
-    :class:`~elsa_modifier.admm.optimizer.RoundsOnce`.
+    :class:`~elsa_modifier.admm.base.RoundsOnce`.
 
     :param parameters: fp32 or bf16, contiguous
     :param seed: of the noise, which is then a function of it, the parameter's step and the entry alone; None draws from
