@@ -24,7 +24,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-_ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+_ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8"]
+_ARGUMENTS += ["--max-num-batched-tokens", "1024", "--enforce-eager"]
 _START_SECONDS = 300
 
 

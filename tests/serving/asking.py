@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.assets import evaluation_sequences
 
-TOKENS = 1000
+TOKENS = 400
 DENSE = ("--model-loader-extra-config", '{"compressed": false}')
 
 

@@ -104,8 +104,8 @@ def test_ranks_change_nothing_but_the_order_of_sums(count, name, found, twin):
         for key in ("step", "tokens", "penalty", "learning_rate", "sparsity", "mask_entered"):
             if key != "mask_entered" or not bits:
                 assert ours.get(key) == theirs.get(key), (ours["step"], key)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
         # At the teacher the divergence is 0, and what is measured is rounding.
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3, abs=2e-4)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3, abs=1e-6)
 
 
