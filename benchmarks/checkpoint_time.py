@@ -59,6 +59,8 @@ def measure(config: LlamaConfig, mode: str, directory: Path) -> list[str]:
     model = AutoModelForCausalLM.from_config(config)
     size = sum(p.numel() for p in model.parameters())
     save_tokenizer(directory)
+    config.save_pretrained(directory)
+    model.config._name_or_path = str(directory)
     modifier = ELSAModifier(
         sparsity=0.8,
         steps=STEPS,

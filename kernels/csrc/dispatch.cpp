@@ -48,6 +48,9 @@ Level best_level() {
 }
 
 Kernel unpack_kernel(Level level) {
+#if defined(ELSA_WITH_AVX512)
+    if (level >= AVX512) return unpack_avx512;
+#endif
 #if defined(ELSA_WITH_AVX2)
     if (level >= AVX2) return unpack_avx2;
 #endif

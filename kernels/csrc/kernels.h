@@ -13,6 +13,7 @@ bool unpack_portable(const Product&, int64_t first, int64_t last);
 // x in fp32, every layout.
 bool avx2(const Product&, int64_t first, int64_t last);
 bool unpack_avx2(const Product&, int64_t first, int64_t last);
+bool unpack_avx512(const Product&, int64_t first, int64_t last);
 // x in fp32, BITMASK and WINDOW.
 bool avx512_fp32(const Product&, int64_t first, int64_t last);
 // x in bf16, BITMASK and WINDOW, values bf16, int8 or int4.
