@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measuring import MALLOC
 from elsa_sparse.writing import save_sparse
 from tests.sparse.conftest import prune
 
@@ -52,8 +53,8 @@ def large(tmp_path_factory):
 
 def _measure(small, directory, compressed):
     command = [sys.executable, "-c", SCRIPT, str(small), str(directory), str(compressed)]
-    # The Makefile has memory kept that is freed, which would count here.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    # Memory that is freed and kept would count here.
+    environment = os.environ | MALLOC
     run = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=environment
     )

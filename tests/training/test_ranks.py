@@ -106,7 +106,7 @@ def test_ranks_change_nothing_but_the_order_of_sums(count, name, found, twin):
                 assert ours.get(key) == theirs.get(key), (ours["step"], key)
         # At the teacher the divergence is 0, and what is measured is rounding.
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3, abs=2e-4)
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3, abs=1e-6)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["elsa-l", "elsa-l ddp", "released"])

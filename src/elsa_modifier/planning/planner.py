@@ -167,5 +167,9 @@ def _check_parameters(model: torch.nn.Module) -> None:
 
 
 def _gathered(shape: ModelShape, settings: RunSettings) -> int:
-    """Bytes of whole layers: the one that computes, its gradients, the one fetched next; and all outside of layers."""
-    return (3 * shape.largest_layer + shape.outside_layers) * settings.compute.itemsize
+    """Bytes of whole layers: the one that computes, its gradients, the one fetched next; and all outside of layers.
+
+    The gradients of a layer are there once more as they are added up over ranks, in fp32.
+    """
+    computed = (3 * shape.largest_layer + shape.outside_layers) * settings.compute.itemsize
+    return computed + shape.largest_layer * torch.float32.itemsize
