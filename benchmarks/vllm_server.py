@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PYTHON", "Server", "serve", "server_environment"]
+__all__ = ["PYTHON", "SETTINGS", "Server", "serve", "server_environment"]
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
@@ -24,8 +24,14 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-_ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8"]
-_ARGUMENTS += ["--max-num-batched-tokens", "1024", "--enforce-eager"]
+SETTINGS = {
+    "dtype": "bfloat16",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 1024,
+    "enforce_eager": True,
+}
+"""Of every engine here, as arguments of ``vllm.LLM``."""
 _START_SECONDS = 300
 
 
@@ -82,7 +88,7 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *_ARGUMENTS, *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), *_flags(SETTINGS), *arguments]
     with log.open("w") as output:
         # From another directory, so that the package is the installed one and not the checkout.
         process = subprocess.Popen(
@@ -109,6 +115,13 @@ def serve(model: Path, log: Path, *arguments: str, environment: Mapping[str, str
             # Workers may outlive the process that started them.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        yield "--" + name.replace("_", "-")
+        if value is not True:
+            yield str(value)
 
 
 def server_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -69,6 +69,8 @@ inline __m512i int4_codes(__mmask32 mask, const uint8_t* from) {
     return _mm512_cvtepu8_epi16(expand8(mask, nibbles(from), _mm256_set1_epi8(8)));
 }
 
+inline __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
 // Scales of the 16 rows of a slice in one group.
 inline __m512 scales_of(const Packed& p, int64_t slice, int64_t group) {
     const int64_t at = (slice * p.h.groups() + group) * SLICE;
@@ -94,8 +96,7 @@ struct Rows {
         rows = _mm512_loadu_si512(p.order + 4 * slice * SLICE);
         lanes = _mm512_cmpneq_epi32_mask(rows, _mm512_set1_epi32(-1));
         start = load<uint32_t>(p.order, slice * SLICE);
-        const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i wanted = _mm512_add_epi32(_mm512_set1_epi32((int)start), steps);
+        const __m512i wanted = _mm512_add_epi32(_mm512_set1_epi32((int)start), lane_numbers());
         run = lanes & 1 && _mm512_mask_cmpneq_epi32_mask(lanes, rows, wanted) == 0;
     }
     // y: the first of a token's results

@@ -35,9 +35,9 @@ void unpack_slice(const Product& product, int64_t slice) {
     alignas(64) uint32_t row[SLICE];
     _mm512_store_si512(row, rows.rows);
     alignas(64) __m512i tile[TILE / 2];
-    const __m512i of_row = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+    const __m512i of_row = _mm512_slli_epi32(lane_numbers(), 4);
     __m512 scales = _mm512_set1_ps(1.0f);
-    int64_t group = -1;
+    int64_t group = 0, next_group = 0;  // of integers
     for (int64_t from = 0; from < columns; from += TILE) {
         for (int i = 0; i < TILE / WIDTH; i++) {
             const int64_t at = from / WIDTH + i;
@@ -51,9 +51,9 @@ void unpack_slice(const Product& product, int64_t slice) {
                 // Of each row the columns 0, 2, 1 and 3, from the lowest byte up.
                 __m512i bytes = expand_halves<V>(mask, values);
                 if (V == INT4) bytes = _mm512_sub_epi8(bytes, _mm512_set1_epi8(8));
-                if (h.group_size && at * WIDTH / h.group_size != group) {
-                    group = at * WIDTH / h.group_size;
-                    scales = scales_of(p, slice, group);
+                if (at == next_group) {
+                    scales = scales_of(p, slice, group++);
+                    next_group = group < h.groups() ? group * h.group_size / WIDTH : slice_masks;
                 }
                 tile[2 * i] = in_pairs(scaled<24>(bytes, scales), scaled<8>(bytes, scales));
                 tile[2 * i + 1] = in_pairs(scaled<16>(bytes, scales), scaled<0>(bytes, scales));
@@ -74,9 +74,11 @@ void unpack_slice(const Product& product, int64_t slice) {
 
 bool unpack_avx512(const Product& product, int64_t first, int64_t last) {
     const Header& h = product.weight->h;
-    const bool has_kernel = h.values == BF16 || h.values == INT8 || h.values == INT4;
-    if (h.layout != BITMASK || product.y_type != BF16 || !has_kernel) return unpack_avx2(product, first, last);
-    const auto unpack = h.values == BF16 ? unpack_slice<BF16> : h.values == INT8 ? unpack_slice<INT8> : unpack_slice<INT4>;
+    const auto unpack = h.values == BF16   ? unpack_slice<BF16>
+                        : h.values == INT8 ? unpack_slice<INT8>
+                        : h.values == INT4 ? unpack_slice<INT4>
+                                           : nullptr;
+    if (!unpack || h.layout != BITMASK || product.y_type != BF16) return unpack_avx2(product, first, last);
     for (int64_t slice = first; slice < last; slice++) unpack(product, slice);
     return true;
 }

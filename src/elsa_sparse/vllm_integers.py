@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elsa_sparse.quantized import unpack_int32
 from elsa_sparse.vllm_internals import (
     ALREADY_PROCESSED,
+    KERNEL_OF_4_BITS,
     ChannelQuantScaleParameter,
     CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
@@ -31,10 +32,6 @@ from elsa_sparse.vllm_method import SparseLinearMethod
 from elsa_sparse.vllm_packing import Savings, keep_packed, pack_integers
 
 __all__ = ["SparseCompressedTensorsConfig", "SparseIntegersMethod"]
-
-
-# Its scheme chooses this whether or not it is there, and builds of vLLM for AVX2 are without.
-_KERNEL_OF_4_BITS = "cpu_gemm_wna16"
 
 
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
@@ -149,7 +146,8 @@ class SparseIntegersMethod(LinearMethodBase):
 
     def _hand_back(self, layer: Any) -> bool:
         """Give the layer to vLLM's scheme; False if that computes with no such integers on this machine."""
-        if not hasattr(torch.ops._C, _KERNEL_OF_4_BITS):
+        # The scheme chooses the kernel whether or not it is there.
+        if not hasattr(torch.ops._C, KERNEL_OF_4_BITS):
             return False
         loaded = {name: getattr(layer, name) for name in ("weight_packed", "weight_scale")}
         try:

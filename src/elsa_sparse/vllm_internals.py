@@ -16,7 +16,7 @@ what                                             for what
 ``UnquantizedLinearMethod``                      what computes with a layer that stays dense
 ``CompressedTensorsConfig``, ``...LinearMethod``,  integers that a quantizer packed: which layers have them, the
 ``...WNA16``, the classes of parameters          parameters that they are loaded into, what computes with them otherwise
-``torch.ops._C.cpu_gemm_wna16``                  whether this build computes with 4 bits itself
+``torch.ops._C.cpu_gemm_wna16``                  computes with 4 bits; builds for AVX2 are without
 ===============================================  ======================================================================
 
 Imported only where :func:`version_problem` finds nothing.
@@ -46,6 +46,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
     "ALREADY_PROCESSED",
+    "KERNEL_OF_4_BITS",
     "ChannelQuantScaleParameter",
     "CompressedTensorsConfig",
     "CompressedTensorsLinearMethod",
@@ -64,3 +65,4 @@ __all__ = [
 ]
 
 ALREADY_PROCESSED = "_already_called_process_weights_after_loading"
+KERNEL_OF_4_BITS = "cpu_gemm_wna16"

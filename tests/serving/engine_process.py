@@ -24,7 +24,7 @@ def main() -> None:
     question = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     for job in json.load(sys.stdin):
         prompt = job.pop("prompt")
-        engine = LLM(dtype="bfloat16", max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=1024, **job)
+        engine = LLM(**job)
         [answer] = engine.generate([{"prompt_token_ids": prompt}], question, use_tqdm=False)
         positions = answer.prompt_logprobs[1:]
         logprobs = [position[token].logprob for token, position in zip(prompt[1:], positions, strict=True)]

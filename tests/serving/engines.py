@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.vllm_server import PYTHON, server_environment
+from benchmarks.vllm_server import PYTHON, SETTINGS, server_environment
 
 
 class Answer(NamedTuple):
@@ -16,18 +16,16 @@ class Answer(NamedTuple):
     log: str
 
 
-def answers(directories, prompt, place, *, avx2=False, environment=None, **common):
-    """One answer for each directory, or pair of a directory and of the loader's extra configuration.
+def answers(asked, prompt, place, *, avx2=False, environment=None, **common):
+    """One answer for each of ``asked``.
 
+    :param asked: pairs of a directory and of the loader's extra configuration
     :param place: a directory that the process runs in
     :param avx2: take the processor for one without AVX-512
-    :param common: arguments of ``vllm.LLM`` for all of them
+    :param common: arguments of ``vllm.LLM`` for all of them, before those that every engine here gets
     """
-    common = {"enforce_eager": True} | common
-    jobs = []
-    for named in directories:
-        directory, loader = named if isinstance(named, tuple) else (named, {})
-        jobs.append({"model": str(directory), "model_loader_extra_config": loader, "prompt": prompt, **common})
+    common = SETTINGS | common | {"prompt": prompt}
+    jobs = [common | {"model": str(directory), "model_loader_extra_config": loader} for directory, loader in asked]
     # A file's path, and not a module: the package is to be the installed one.
     command = [str(PYTHON), str(Path(__file__).with_name("engine_process.py")), *(["avx2"] if avx2 else [])]
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""A real vLLM server keeps pruned weights compressed in memory. Run by ``make serve-test``."""
+"""vLLM keeps pruned weights compressed in memory, in real servers and in engines alone. Run by ``make serve-test``."""
 
 import re
 import shutil
@@ -83,7 +83,8 @@ def test_quantized_weights_stay_integers(bits, small_answers):
 
 def test_without_avx512(small, small_prompt, small_answers, tmp_path):
     """vLLM has no kernel for 4 bits then, and every layer of such a checkpoint is ours."""
-    sparse, quantized = answers([small / "sparse", small / "w4a16/sparse"], small_prompt, tmp_path, avx2=True)
+    asked = [(small / "sparse", {}), (small / "w4a16/sparse", {})]
+    sparse, quantized = answers(asked, small_prompt, tmp_path, avx2=True)
     assert [COMPRESSED.search(answer.log)[1] for answer in (sparse, quantized)] == ["7", "8"]
     assert distance(sparse.logprobs, small_answers["dense"].logprobs) < CLOSE
     assert distance(quantized.logprobs, small_answers["w4a16/dense"].logprobs) < CLOSE
@@ -104,7 +105,7 @@ def test_without_kernels_it_is_dense_and_says_what_to_install(small, small_promp
     shadow = tmp_path / "elsa_kernels"
     shadow.mkdir()
     (shadow / "__init__.py").write_text("def backend():\n    return 'torch'\n")
-    [answer] = answers([small / "sparse"], small_prompt, tmp_path, environment={"PYTHONPATH": str(tmp_path)})
+    [answer] = answers([(small / "sparse", {})], small_prompt, tmp_path, environment={"PYTHONPATH": str(tmp_path)})
     assert answer.logprobs == small_answers[False].logprobs
     [line] = [line for line in answer.log.splitlines() if "Serving the sparse checkpoint" in line]
     assert "WARNING" in line and "pip install --no-deps --force-reinstall elsa-kernels" in line
