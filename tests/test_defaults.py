@@ -38,6 +38,7 @@ DEFAULTS = dict(
     state_dtype="fp32",
     prune_unreached=False,
     gradient_release=False,
+    offload_state=False,
     activation_checkpointing=False,
     checkpoint="dense",
     checkpoint_every=None,

@@ -441,6 +441,7 @@ def test_a_dataset_without_text_is_refused(load):
         (dict(weight_dtype="bf16", precision="bf16"), "use one that rounds stochastically: adam8bit_sr"),
         (dict(weight_dtype="bf16", optimizer="adam8bit_sr"), "a bf16 model computes in bf16"),
         (dict(gradient_release=True), "set max_grad_norm to null"),
+        (dict(offload_state=True, optimizer="adam8bit"), "offload_state is true and optimizer 'adam8bit'"),
         (
             dict(gradient_release=True, max_grad_norm=None, gradient_accumulation_steps=2),
             "gradient_accumulation_steps must be 1, not 2",

@@ -157,3 +157,16 @@ def test_a_frozen_offloaded_model(load, texts):
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert torch.equal(model.lm_head.weight, before)
     assert_pruned(model, 0.9)
+
+
+def test_a_model_with_a_device_map(load, texts):
+    from accelerate import dispatch_model
+
+    plain = oneshot(model=load(), dataset=texts, recipe=[elsa()])
+    places = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu"}
+    spread = dispatch_model(load(), places, main_device="cpu", force_hooks=True)
+    assert spread.lm_head._hf_hook is not None
+    pruned = oneshot(model=spread, dataset=texts, recipe=[elsa()])
+    assert_pruned(pruned, 0.9)
+    assert torch.equal(pruned.lm_head.weight, plain.lm_head.weight)

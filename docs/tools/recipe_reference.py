@@ -31,7 +31,8 @@ _GROUPS = {
     ),
     "How weights become zero": ("sparsity_schedule", "interval", "penalty", "projection", "finalize"),
     "Precision and memory": (
-        *("precision", "weight_dtype", "state_dtype", "gradient_release", "activation_checkpointing", "parallel"),
+        *("precision", "weight_dtype", "state_dtype", "gradient_release", "offload_state"),
+        *("activation_checkpointing", "parallel"),
     ),
     "What is written": (*("checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track"),),
 }

@@ -38,7 +38,12 @@ from elsa_modifier.resuming.session import Checkpointing, checkpointing_of
 from elsa_modifier.saved_keys import experts_to_fuse
 from elsa_modifier.saving import check_output_directory, extend_save_pretrained, output_directory
 from elsa_modifier.targets import Target, find_targets
-from elsa_modifier.training.base_optimizer import LOW_BIT_OPTIMIZERS, OptimizerName, check_optimizer
+from elsa_modifier.training.base_optimizer import (
+    LOW_BIT_OPTIMIZERS,
+    OFFLOADED_OPTIMIZERS,
+    OptimizerName,
+    check_optimizer,
+)
 from elsa_modifier.training.causality import refuse_encoder_decoder
 from elsa_modifier.training.loop import StepRecord
 from elsa_modifier.training.parallel import ParallelName
@@ -115,6 +120,8 @@ class ELSAModifier(Modifier):
         ``fp32``, ``bf16``, ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``
     :param gradient_release: step inside the backward pass, so that gradients are never all alive; needs
         ``max_grad_norm: null`` and no gradient accumulation
+    :param offload_state: keep Adam's moments and ``z`` and ``u`` in main memory, and bring them to the GPU weight by
+        weight; with torch's Adam or ``adam8bit_sr``, in one process
     :param activation_checkpointing: keep the inputs of each layer alone, and run it again in the backward pass
     :param parallel: what several processes, started by torchrun, do: with ``fsdp`` each holds a part of every matrix,
         of its gradient and of all states (FSDP2); with ``ddp`` each holds all. ``batch_size`` counts over all of them
@@ -159,6 +166,7 @@ class ELSAModifier(Modifier):
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     state_dtype: StateDtype = "fp32"
     gradient_release: bool = False
+    offload_state: bool = False
     activation_checkpointing: bool = False
     parallel: ParallelName = "fsdp"
     checkpoint: Encoding = "dense"
@@ -238,6 +246,11 @@ class ELSAModifier(Modifier):
                 f"gradient_release steps in every backward pass, so gradient_accumulation_steps must be 1, not "
                 f"{self.gradient_accumulation_steps}; activation_checkpointing makes room for a larger batch_size"
             )
+        if self.offload_state and self.optimizer not in OFFLOADED_OPTIMIZERS:
+            raise ValueError(
+                f"offload_state is true and optimizer {self.optimizer!r}, whose moments stay where weights are; use "
+                f"one of {', '.join(OFFLOADED_OPTIMIZERS)}"
+            )
         check_optimizer(self.optimizer)
         return self
 
@@ -281,7 +294,8 @@ class ELSAModifier(Modifier):
         recipe = active_session().lifecycle.recipe.modifiers
         check_recipe(recipe, state.model)
         whole = self.gradient_release and self.parallel == "ddp"
-        refuse_on_ranks(recipe, whole_gradients_released=whole, ranks=launched_ranks())
+        ranks = launched_ranks()
+        refuse_on_ranks(recipe, whole_gradients_released=whole, offloaded=self.offload_state, ranks=ranks)
         check_unquantized(state.model)
         check_values(state.model)
         self._experts = experts_to_fuse(state.model)

@@ -43,13 +43,16 @@ def refuse_launchers(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def refuse_on_ranks(modifiers: Sequence[object], *, whole_gradients_released: bool, ranks: int) -> None:
+def refuse_on_ranks(
+    modifiers: Sequence[object], *, whole_gradients_released: bool, offloaded: bool, ranks: int
+) -> None:
     """Refuse what is not possible in several processes.
 
     :param modifiers: of the recipe
     :param whole_gradients_released: whether a step is to be taken as soon as a gradient is there, of the whole weight
+    :param offloaded: whether moments and ADMM state are to be in main memory
     :param ranks: how many there are
-    :raises ValueError: for another modifier in the recipe, or such gradient release
+    :raises ValueError: for another modifier in the recipe, such gradient release, or offloading
     """
     if ranks == 1:
         return
@@ -64,6 +67,11 @@ def refuse_on_ranks(modifiers: Sequence[object], *, whole_gradients_released: bo
             f"gradient_release is true, parallel 'ddp', and there are {ranks} processes: a gradient would have to be "
             "added up over all of them by itself, as soon as it is there. Use parallel 'fsdp', which does that anyway, "
             "or set gradient_release to false"
+        )
+    if offloaded:
+        raise ValueError(
+            f"offload_state is true, and there are {ranks} processes, which share moments and ADMM state between them: "
+            "leave it out"
         )
 
 

@@ -87,6 +87,22 @@ def test_weights_in_bf16_and_released_gradients():
     assert (lean.weights, lean.gradients) == (2 * 21664, 2 * EMBEDDING)
 
 
+def test_what_is_offloaded_has_room_for_two_weights():
+    held = planned().memory
+    plan = planned(offload_state=True)
+    assert plan.offloaded == held.optimizer == 8 * 21664
+    assert plan.memory.optimizer == 2 * 8 * EMBEDDING
+    assert plan.memory.total == held.total - held.optimizer + plan.memory.optimizer
+    # Of the layers' weights, the pair as well, which is more than the embedding's moments.
+    penalty = {"form": "coupled", "value": 0.1}
+    coupled = planned(offload_state=True, optimizer="adam8bit_sr", penalty=penalty)
+    assert coupled.memory.optimizer == 2 * max(2 * (EMBEDDING + 4 * EMBEDDING // 32), (2 + 4) * LARGEST + 2 * 4 * 48)
+    assert coupled.memory.admm_state == LINEARS // 8
+    assert coupled.offloaded == planned(optimizer="adam8bit_sr").memory.optimizer + 4 * LINEARS
+    with pytest.raises(ValueError, match="offload_state is for one GPU"):
+        planned(gpus=2, offload_state=True)
+
+
 def test_several_gpus_share_all():
     one, two = planned(batch_size=1), planned(gpus=2)
     for line in ("weights", "gradients", "optimizer", "admm_state"):
@@ -205,6 +221,22 @@ def test_the_worked_example():
     for line in ("weights", "gradients", "optimizer", "admm_state", "activations", "gathered", "total"):
         assert f"{getattr(plan.memory, line) / 1e9:.2f}" in page, line
     assert f"{parameters:,}" in page and f"{linears:,}" in page and f"{plan.flops:.3g}" in page
+
+
+@pytest.mark.parametrize(
+    "model,recipe,needed",
+    [
+        ("llama-2-7b", "elsa_90", {"activation_checkpointing": True, "offload_state": True}),
+        ("llama-2-13b", "elsa_l_90", {"gradient_release": True, "max_grad_norm": None, "offload_state": True}),
+    ],
+)
+def test_what_one_gpu_of_80_gb_holds(model, recipe, needed):
+    """docs/planning.md."""
+    configuration = Path(__file__).parent / "configs" / model
+    found = json.loads(run(configuration, "--recipe", recipe, "--gpu-memory", 80, "--json", code=1).stdout)
+    assert found["together"]["fits"] and found["together"]["fields"] == needed
+    page = (ROOT / "docs" / "planning.md").read_text()
+    assert f"| {found['memory']['total'] / 1e9:.2f} | {found['together']['total'] / 1e9:.2f} |" in page
 
 
 def test_a_recipe_that_fits_where_logits_come_in_chunks():

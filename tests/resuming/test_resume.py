@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
+from elsa_modifier.admm.offloading import MovedState
 from elsa_modifier.resuming.manifest import Manifest
+from elsa_modifier.training import run
 from tests.conftest import CONFIGS
 from tests.resuming.conftest import Killed, different
 
@@ -56,6 +58,34 @@ def test_dropout_experts_and_ties(prune, model):
 )
 def test_every_state_is_kept(prune, fields):
     assert_goes_on(prune, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"optimizer": "adam8bit_sr", "max_grad_norm": None, "gradient_release": True}, NARROW],
+    ids=lambda fields: "-".join(fields),
+)
+def test_what_is_offloaded_is_the_same_and_kept(prune, fields, monkeypatch):
+    plain, _ = prune("plain", checkpoint_every=None, **fields)
+    # Main memory is taken for an accelerator's, but for streams, which it has none of.
+    monkeypatch.setattr(run, "is_fused", lambda device: True)
+    moved, inner = [], MovedState.here
+    monkeypatch.setattr(MovedState, "here", lambda self, weight, **more: moved.append(1) or inner(self, weight, **more))
+    offloaded, _ = prune("offloaded", checkpoint_every=None, offload_state=True, **fields)
+    assert different(plain, offloaded) == [] and len(moved) > 100
+    assert_goes_on(prune, offload_state=True, **fields)
+
+
+def test_a_run_goes_on_with_offloading_or_without(prune, monkeypatch):
+    whole, _ = prune("whole", checkpoint_every=None)
+    with pytest.raises(Killed):
+        prune("cut", killed_after=7)
+    monkeypatch.setattr(run, "is_fused", lambda device: True)
+    with pytest.raises(Killed):
+        prune("cut", killed_after=10, offload_state=True)
+    monkeypatch.undo()
+    resumed, _ = prune("cut")
+    assert different(whole, resumed) == []
 
 
 def test_experts_without_a_token_yet(prune, tmp_path):

@@ -105,12 +105,14 @@ def test_only_the_first_rank_loads_values(checkpoint, monkeypatch):
 
 def test_what_ranks_cannot_do_is_refused():
     elsa = ELSAModifier(sparsity=0.5)
-    refuse_on_ranks([elsa], whole_gradients_released=False, ranks=4)
-    refuse_on_ranks([elsa, object()], whole_gradients_released=True, ranks=1)
+    refuse_on_ranks([elsa], whole_gradients_released=False, offloaded=False, ranks=4)
+    refuse_on_ranks([elsa, object()], whole_gradients_released=True, offloaded=True, ranks=1)
     with pytest.raises(ValueError, match="the recipe has ELSAModifier, object, and there are 2 processes"):
-        refuse_on_ranks([elsa, object()], whole_gradients_released=False, ranks=2)
+        refuse_on_ranks([elsa, object()], whole_gradients_released=False, offloaded=False, ranks=2)
+    with pytest.raises(ValueError, match="offload_state is true, and there are 2"):
+        refuse_on_ranks([elsa], whole_gradients_released=False, offloaded=True, ranks=2)
     with pytest.raises(ValueError, match="gradient_release is true, parallel 'ddp', and there are 2 processes"):
-        refuse_on_ranks([elsa], whole_gradients_released=True, ranks=2)
+        refuse_on_ranks([elsa], whole_gradients_released=True, offloaded=False, ranks=2)
 
 
 def test_other_ranks_do_not_save(load, tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_modifier.admm.state import Pull
@@ -86,6 +86,10 @@ class BaseSteps:
             self.step(before_rounding)
         finally:
             optimizer.param_groups, group["params"] = all_groups, all_parameters
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, in order."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def end_step(self) -> None:
         """All parameters have had theirs: groups may change until the next step."""

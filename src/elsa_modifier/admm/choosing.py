@@ -1,6 +1,7 @@
 """How the masks of all weights are chosen, wherever weights lie: in main memory, on an accelerator, over ranks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,12 +27,14 @@ class Source:
     :param scores: in main memory: gives them, fp32, a new tensor
     :param parts: on an accelerator: gives what they are computed from
     :param correction: what the scores are multiplied by, to be compared with those of other weights; None is 1
+    :param here: on an accelerator: within its context what they are computed from is there
     """
 
     scores: Callable[[], Tensor]
     parts: Callable[[], Sequence[Scored]]
     structure: MaskStructure
     correction: float | Tensor | None = None
+    here: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def count_on_host(self, low: Tensor, width: int, shift: int) -> Tensor:
         """A :data:`~elsa_modifier.admm.thresholds.Counter`."""
@@ -39,10 +42,12 @@ class Source:
 
     def count_on_device(self, low: Tensor, width: int, shift: int) -> Tensor:
         """The same."""
-        whole, bins = self.whole(), 1 << (width - shift)
-        if whole is None:
-            return torch.zeros(bins + 2, dtype=torch.int32, device=low.device)
-        return count_digits(whole.x, whole, low, shift=shift, bins=bins, structure=self.structure)
+        bins = 1 << (width - shift)
+        with self.here():
+            whole = self.whole()
+            if whole is None:
+                return torch.zeros(bins + 2, dtype=torch.int32, device=low.device)
+            return count_digits(whole.x, whole, low, shift=shift, bins=bins, structure=self.structure)
 
     def ranked(self, scores: Tensor) -> Tensor:
         """By which entries are ranked: corrected, in place, and the highest where a structure has chosen."""
@@ -87,7 +92,7 @@ class Choice:
         return self.cut(self.source.ranked(scores))
 
     def bits(self) -> Tensor:
-        """On an accelerator: the packed mask."""
+        """On an accelerator: the packed mask. Within the context of the source's ``here``."""
         whole = self.source.whole()
         if whole is None:
             return torch.zeros(0, dtype=torch.uint8)
@@ -148,5 +153,6 @@ def choose_by_magnitude(constraint: Constraint, shards: Shards) -> list[tuple[Te
 
 
 def _faults(source: Source, device: torch.device) -> Tensor:
-    whole = source.whole()
-    return torch.zeros(2, dtype=torch.int64, device=device) if whole is None else count_faults(whole.x, whole)
+    with source.here():
+        whole = source.whole()
+        return torch.zeros(2, dtype=torch.int64, device=device) if whole is None else count_faults(whole.x, whole)

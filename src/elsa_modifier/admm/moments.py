@@ -74,6 +74,13 @@ class _Moment:
         self.scale = torch.zeros(padded(parameter.numel(), self.block) // self.block, device=parameter.device)
         self._shape = parameter.shape
 
+    def held(self) -> list[Tensor]:
+        """For :class:`~elsa_modifier.admm.offloading.Holder`, as :meth:`hold`."""
+        return [self.codes, self.scale]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        self.codes, self.scale = tensors
+
     def part(self, start: int, end: int) -> MomentPart:
         """Entries ``start``, a multiple of 256, to ``end``."""
         codes = in_blocks(self.codes[start:end], self.block)

@@ -1,6 +1,7 @@
 """ADMM around any torch optimizer: an x-update in every step, z- and u-updates in some, then a fixed mask."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from elsa_modifier.admm.choosing import Choice, Source, choose, choose_by_magnit
 from elsa_modifier.admm.constraint import Constraint, PrunedWeight, SparsitySchedule
 from elsa_modifier.admm.fisher import Projection, SecondMoments
 from elsa_modifier.admm.moments import MomentPart, SecondMoment
+from elsa_modifier.admm.offloading import KeptState
 from elsa_modifier.admm.penalty import PenaltyForm, PenaltySchedule
 from elsa_modifier.admm.placement import is_fused
 from elsa_modifier.admm.rounding import drawn_key
@@ -68,6 +70,8 @@ class ADMMOptimizer:
     :param freeze_step: after how many steps the mask is fixed; 0 fixes the magnitude mask before training
     :param prune_unreached: when the mask is fixed, apply it also to weights without a gradient
     :param state_dtype: what ``z`` and ``u`` are stored in
+    :param offload: keep ``z`` and ``u`` and the base optimizer's moments in main memory between uses, where weights
+        are on an accelerator
     :param shards: how the weights lie over ranks: every rank has rows of each, in order, or none
     :raises ValueError: for an empty list, an interval below 1, a decoupled penalty outside [0, 1], or a budget that
         is to be shared with an N:M structure or cannot be met within its floor and cap
@@ -88,6 +92,7 @@ class ADMMOptimizer:
         freeze_step: int,
         state_dtype: StateDtype = "fp32",
         prune_unreached: bool = False,
+        offload: bool = False,
         shards: Shards = WHOLE,
     ) -> None:
         if not weights:
@@ -119,12 +124,14 @@ class ADMMOptimizer:
         largest = max(w.weight.numel() for w in self.weights)
         self._scratch = None if is_fused(self._device) else Scratch(largest, self._device)
         self._ok: Tensor | None = None
+        self.kept = KeptState(base, self._device, offload=offload)
         options: dict[str, Any] = {"form": form, "dual": dual, "dtype": state_dtype}
+        self.states: list[ADMMState] = []
         # Magnitudes are all that is known at first.
-        self.states = [
-            ADMMState(w.weight.detach(), keep, w.structure, first=bits, **options)
-            for w, (bits, keep) in zip(self.weights, choose_by_magnitude(self.constraint, shards), strict=True)
-        ]
+        for w, (bits, keep) in zip(self.weights, choose_by_magnitude(self.constraint, shards), strict=True):
+            with self.kept.here(w.weight, changed=True):
+                self.states.append(ADMMState(w.weight.detach(), keep, w.structure, first=bits, **options))
+                self.kept.add(w.weight, self.states[-1].pair)
         self._state_of = {id(w.weight): state for w, state in self._pairs()}
         self._reached: set[int] = set()
         self._base_steps = BaseSteps(base)
@@ -142,9 +149,13 @@ class ADMMOptimizer:
         self._ok = ok
         try:
             with self._base_steps.unless_not(ok):
-                self._update_x(
-                    [pruned.weight for pruned in self.weights], partial(self._base_steps.step, self._pull_of)
-                )
+                weights = [pruned.weight for pruned in self.weights]
+                if not self.kept.moves:
+                    self._update_x(weights, partial(self._base_steps.step, self._pull_of))
+                else:
+                    self._note_gradients(weights)
+                    for parameter in self._base_steps.parameters():
+                        self.step_parameter(parameter)
         finally:
             self._ok = None
         self.end_step()
@@ -162,7 +173,8 @@ class ADMMOptimizer:
         when all have.
         """
         of_parameter = [parameter] if id(parameter) in self._state_of else []
-        self._update_x(of_parameter, partial(self._base_steps.step_of, parameter, self._pull_of))
+        with self.kept.here(parameter, changed=True):
+            self._update_x(of_parameter, partial(self._base_steps.step_of, parameter, self._pull_of))
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -224,13 +236,13 @@ class ADMMOptimizer:
         for (pruned, state), choice in zip(self._pairs(), choices, strict=True):
             own = self._own_penalty(pruned, penalty)
             try:
-                if is_fused(self._device):
-                    entered.append(state.move_to(choice.bits(), pruned.weight, own, ascent=ascent))
-                else:
-                    options: dict[str, Any] = {"ascent": ascent, "select": choice.mask}
-                    entered.append(
-                        state.update(pruned.weight, own, self._moments.fisher(pruned.weight), self._scratch, **options)
-                    )
+                with self.kept.here(pruned.weight, changed=state.pair is not None):
+                    if is_fused(self._device):
+                        entered.append(state.move_to(choice.bits(), pruned.weight, own, ascent=ascent))
+                    else:
+                        options: dict[str, Any] = {"ascent": ascent, "select": choice.mask}
+                        fisher = self._moments.fisher(pruned.weight)
+                        entered.append(state.update(pruned.weight, own, fisher, self._scratch, **options))
             except ValueError as error:
                 raise ValueError(f"projection of {pruned.name} at step {self.step_count}: {error}") from error
         self.projection_count += 1
@@ -245,7 +257,13 @@ class ADMMOptimizer:
         if self.constraint.budget is not None:
             corrections = self._moments.bias_corrections()
         sources = [
-            Source(partial(self._scores, i, penalty), partial(self._scored, i, penalty, by), w.structure, by)
+            Source(
+                partial(self._scores, i, penalty),
+                partial(self._scored, i, penalty, by),
+                w.structure,
+                by,
+                partial(self.kept.here, w.weight, changed=False),
+            )
             for i, (w, by) in enumerate(zip(self.weights, corrections, strict=True))
         ]
         try:
@@ -372,7 +390,8 @@ class ADMMOptimizer:
         sums = torch.zeros(2, device=self.weights[0].weight.device)
         for pruned, state in self._pairs():
             if self._is_reached(pruned.weight):
-                sums += state.residual_sums(pruned.weight.detach(), self._scratch)
+                with self.kept.here(pruned.weight, changed=False) if self.form == "coupled" else nullcontext():
+                    sums += state.residual_sums(pruned.weight.detach(), self._scratch)
         if self.shards.count > 1:
             sums = self._added_up(sums.double()).float()
         return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()

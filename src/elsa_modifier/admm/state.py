@@ -117,6 +117,11 @@ class ADMMState:
         return self._bits.nbytes + (0 if self._pair is None else self._pair.nbytes)
 
     @property
+    def pair(self) -> StoredPair | None:
+        """What ``z`` and ``u`` are stored in, if they are."""
+        return self._pair
+
+    @property
     def pair_parts(self) -> dict[str, tuple[Tensor, int]]:
         """What the pair is stored in, as :attr:`~elsa_modifier.admm.storage.StoredPair.parts`; empty without one."""
         return {} if self._pair is None else self._pair.parts

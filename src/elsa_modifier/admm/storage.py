@@ -7,6 +7,7 @@ their own, since ``z`` and ``u`` live at different magnitudes.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -109,6 +110,13 @@ class StoredPair:
         """The tensors that it is made of, by name, and how many entries each of their elements is for."""
         scales = {f"scale{kind}": (scale, BLOCK) for kind, scale in enumerate(self._scales)}
         return {"codes": (self._codes, 1)} | scales
+
+    def held(self) -> list[Tensor]:
+        """For :class:`~elsa_modifier.admm.offloading.Holder`, as :meth:`hold`."""
+        return [self._codes, *self._scales]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        self._codes, *self._scales = tensors
 
     def part(self, start: int, end: int, block: int = BLOCK) -> Stored:
         """Entries ``start`` to ``end``, of which ``block`` are a block of what else is computed with."""

@@ -12,7 +12,7 @@ from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.training.model_state import trained_dtype
 from elsa_modifier.training.stochastic_adam import moment_block
 
-__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "projection_temporaries"]
+__all__ = ["MemoryPlan", "ModelShape", "held_bytes", "offloaded_bytes", "projection_temporaries"]
 
 # Bytes an entry and entries an fp32 scale of moments in few bits; of ours, at most: moment_block says how many.
 # torchao leaves small and odd tensors as they are.
@@ -47,7 +47,7 @@ class MemoryPlan:
 
     :param weights: the master copy that the optimizer updates
     :param gradients: of all weights, or of the largest one if they are released one by one
-    :param optimizer: the base optimizer's moments
+    :param optimizer: the base optimizer's moments; if they are offloaded, room for those of two weights
     :param teacher: the dense copy that the objective compares with
     :param admm_state: the ADMM pair, the mask's bits and, on a CPU, scratch buffers
     :param activations: what forward, backward or a projection holds beyond all of these
@@ -72,15 +72,29 @@ def held_bytes(shape: ModelShape, settings: RunSettings, device: torch.device) -
     """What a run holds from step to step, on one device of this kind; no activations."""
     itemsize = settings.weights.itemsize
     alive = max(map(math.prod, shape.parameters)) if settings.gradient_release else shape.total
+    bits = sum(-(-count // 8) for count in shape.pruned)
+    if settings.offload_state:
+        moments, pairs = _moved_at_once(shape, settings), 0
+    else:
+        moments = _moment_bytes(shape.parameters, settings.optimizer, itemsize)
+        pairs = _pair_bytes(shape.pruned, settings)
     return MemoryPlan(
         weights=shape.total * itemsize,
         gradients=alive * itemsize,
-        optimizer=_moment_bytes(shape.parameters, settings.optimizer, itemsize),
+        optimizer=moments,
         teacher=_teacher_bytes(shape.parameters) if settings.objective.has_teacher else 0,
-        admm_state=_state_bytes(shape.pruned, settings) + _scratch_bytes(max(shape.pruned), device),
+        admm_state=bits + pairs + _scratch_bytes(max(shape.pruned), device),
         activations=0,
         gathered=0,
     )
+
+
+def offloaded_bytes(shape: ModelShape, settings: RunSettings) -> int:
+    """Bytes of main memory that hold moments and ADMM pairs in place of the device; 0 if it holds them itself."""
+    if not settings.offload_state:
+        return 0
+    moments = _moment_bytes(shape.parameters, settings.optimizer, settings.weights.itemsize)
+    return moments + _pair_bytes(shape.pruned, settings)
 
 
 def projection_temporaries(shape: ModelShape, settings: RunSettings) -> int:
@@ -107,14 +121,24 @@ def _moment_bytes(parameters: Sequence[tuple[int, ...]], optimizer: str, itemsiz
     )
 
 
-def _state_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
-    """The pair (z, u), its scales, and the mask's bits."""
-    bits = sum(-(-count // 8) for count in pruned)
+def _moved_at_once(shape: ModelShape, settings: RunSettings) -> int:
+    """Of :class:`~elsa_modifier.admm.offloading.MovedState`: twice what belongs to the parameter that has most."""
+    # Pruned weights are told by their sizes.
+    pruned = {count: _pair_bytes((count,), settings) for count in set(shape.pruned)}
+    of_each = [
+        _moment_bytes([one], settings.optimizer, settings.weights.itemsize) + pruned.get(math.prod(one), 0)
+        for one in shape.parameters
+    ]
+    return 2 * max(of_each)
+
+
+def _pair_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
+    """The pairs (z, u), with their scales."""
     coupled = settings.form == "coupled"
     if not (coupled or settings.dual):
-        return bits
+        return 0
     nowhere = torch.device("meta")
-    return bits + sum(StoredPair(count, settings.state_dtype, nowhere, both_kinds=coupled).nbytes for count in pruned)
+    return sum(StoredPair(count, settings.state_dtype, nowhere, both_kinds=coupled).nbytes for count in pruned)
 
 
 def _teacher_bytes(parameters: Sequence[tuple[int, ...]]) -> int:

@@ -54,8 +54,12 @@ def find_remedy(planner: Planner, modifier: ELSAModifier) -> Remedy:
     for field in _EXCLUSIVE:
         useful = [change.fields for change in changes if field not in change.fields]
         attempts.append(_attempt(planner, modifier, before, useful))
-    # Of two that fit, the one that changes less.
-    chosen, plan = min(attempts, key=lambda a: (not a[1].fits, len(a[0]) if a[1].fits else a[1].memory.total))
+    # Of two that fit, the one that goes less far down the list.
+    costs = [change.fields for change in changes]
+    chosen, plan = min(
+        attempts,
+        key=lambda a: (not a[1].fits, max(map(costs.index, a[0]), default=0) if a[1].fits else a[1].memory.total),
+    )
     return Remedy(changes, _merged(chosen), plan)
 
 
@@ -77,6 +81,8 @@ def _candidates(modifier: ELSAModifier, gpus: int) -> list[dict[str, Any]]:
         # Clipping needs all gradients at once.
         {"gradient_release": True, "max_grad_norm": None},
         smaller_batch,
+        # Every step brings moments from main memory and back.
+        {"offload_state": True},
         {"state_dtype": "bf16"},
         {"state_dtype": "int8"},
         {"optimizer": "adam8bit_sr"},

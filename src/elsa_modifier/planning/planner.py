@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from elsa_modifier.modifier import ELSAModifier
 from elsa_modifier.planning.activations import MicroBatchPeak, fake_model, trace_micro_batch
-from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, projection_temporaries
+from elsa_modifier.planning.memory import MemoryPlan, ModelShape, held_bytes, offloaded_bytes, projection_temporaries
 from elsa_modifier.planning.settings import RunSettings
 from elsa_modifier.training.layers import decoder_layers
 from elsa_modifier.training.run import usable_sequence_length
@@ -23,6 +23,7 @@ class Plan:
     """What a run takes.
 
     :param memory: on each GPU
+    :param offloaded: bytes of main memory, of what is brought to the GPU in each step and back
     :param parameters: entries of all parameters, tied ones once
     :param pruned: entries of the pruned weights
     :param capacity: bytes of each GPU
@@ -31,6 +32,7 @@ class Plan:
 
     settings: RunSettings
     memory: MemoryPlan
+    offloaded: int
     parameters: int
     pruned: int
     gpus: int
@@ -99,10 +101,13 @@ class Planner:
         settings = RunSettings.of(
             modifier, sequence_length=usable_sequence_length(modifier.sequence_length, self._model)
         )
+        if settings.offload_state and self._gpus > 1:
+            raise ValueError("offload_state is for one GPU; several share moments and ADMM state between them")
         shape = self._shape(modifier)
         return Plan(
             settings=settings,
             memory=self._memory(shape, settings),
+            offloaded=offloaded_bytes(shape, settings),
             parameters=shape.total,
             pruned=sum(shape.pruned),
             gpus=self._gpus,
@@ -147,6 +152,7 @@ class Planner:
             steps=1,
             gradient_accumulation_steps=1 + settings.accumulates,
             optimizer="adam",
+            offload_state=False,
             form="decoupled",
             dual=False,
             state_dtype="fp32",

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from elsa_modifier.planning.options import Remedy, as_yaml
 from elsa_modifier.planning.planner import Plan
+from elsa_modifier.planning.settings import RunSettings
 from elsa_sparse.errors import printable
 
 __all__ = ["as_json", "print_plan"]
@@ -33,6 +34,9 @@ def print_plan(plan: Plan, remedy: Remedy | None, *, title: str) -> None:
     console = Console()
     console.print(_memory_table(plan, title))
     console.print(_work(plan), highlight=False)
+    if plan.offloaded:
+        moved = f"In main memory: {_gigabytes(plan.offloaded)} GB, brought to the GPU in every step, and back."
+        console.print(moved, highlight=False)
     if plan.gpus > 1:
         console.print(_RANKS, highlight=False)
     if remedy is None:
@@ -63,6 +67,7 @@ def as_json(plan: Plan, remedy: Remedy | None) -> dict[str, Any]:
         "gpus": plan.gpus,
         "capacity": plan.capacity,
         "memory": asdict(plan.memory) | {"total": plan.memory.total},
+        "offloaded": plan.offloaded,
         "parameters": plan.parameters,
         "pruned": plan.pruned,
         "steps": plan.settings.steps,
@@ -102,13 +107,16 @@ def _notes(plan: Plan) -> dict[str, str]:
     return {
         "weights": f"{plan.parameters:,} in {s.weight_dtype}{shared}",
         "gradients": ("the largest" if s.gradient_release else "all") + f", in {s.weight_dtype}{shared}",
-        "optimizer": f"{s.optimizer}{shared}",
+        "optimizer": f"{s.optimizer}{shared}" + (", of two weights; the others in main memory" * s.offload_state),
         "teacher": f"the dense weights in bf16, for {s.objective.name}{shared}",
-        "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if s.form == "coupled" or s.dual else "")
-        + f"mask bits{shared}",
+        "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if _has_pair(s) else "") + f"mask bits{shared}",
         "activations": f"{plan.sequences} x {s.sequence_length} tokens, {checkpointed}",
         "gathered": "whole layers to compute with",
     }
+
+
+def _has_pair(settings: RunSettings) -> bool:
+    return (settings.form == "coupled" or settings.dual) and not settings.offload_state
 
 
 def _work(plan: Plan) -> str:

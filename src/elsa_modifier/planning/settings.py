@@ -39,6 +39,7 @@ class RunSettings:
     form: PenaltyForm
     dual: bool
     gradient_release: bool
+    offload_state: bool
     activation_checkpointing: bool
 
     @classmethod
@@ -60,6 +61,7 @@ class RunSettings:
             form=modifier.penalty.form,
             dual=modifier.penalty.dual,
             gradient_release=modifier.gradient_release,
+            offload_state=modifier.offload_state,
             activation_checkpointing=modifier.activation_checkpointing,
         )
 

@@ -166,6 +166,9 @@ class TrainingCheckpoints:
         self._pending = self._pool.submit(self._write, step, staged, described)
 
     def _can_copy(self, tensors: Mapping[str, Tensor]) -> bool:
+        if self._run.optimizer.kept.moves:
+            # There is a copy of them in main memory already: the one that the run goes on with.
+            return False
         if self._asynchronous is None:
             held = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
             needed = sum(t.nbytes for t in held if t.device.type != "cpu")

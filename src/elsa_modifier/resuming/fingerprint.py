@@ -15,8 +15,9 @@ __all__ = ["MAY_CHANGE", "differences", "model_fingerprint", "recipe_fingerprint
 # Entries of a tensor that are looked at. A model trained further differs in nearly all.
 _SAMPLED = 1024
 _TOLD = 3
-# Fields that say where and when something is written, and nothing about the weights.
+# Fields that say where and when something is written or kept, and nothing about the weights.
 _ELSEWHERE = {"checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track", "parallel"}
+_ELSEWHERE |= {"offload_state"}
 # Fields that neither the shape of the run's state nor what came before depends on: they may differ where a checkpoint
 # is named by its path, as one that is to go on in another way has to be.
 MAY_CHANGE = frozenset({"lr", "max_grad_norm", "precision", "activation_checkpointing"})

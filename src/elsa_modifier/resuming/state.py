@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.resuming.manifest import Manifest
@@ -38,6 +37,7 @@ def itself(parameter: nn.Parameter) -> nn.Parameter:
 
 def run_tensors(model: nn.Module, optimizer: ADMMOptimizer, local: Local = itself) -> dict[str, Tensor]:
     """All tensors of a run but the random generators' states; most are the run's own memory."""
+    optimizer.kept.synchronize()
     tensors = _weights(model)
     for name, parameter, _, held in _states(model, optimizer, local):
         if isinstance(held, Packed):
@@ -63,7 +63,7 @@ def load_state(
     :raises ValueError: if what it has cannot be parted among this number of ranks
     """
     begun = [local(p) for n, p in _trained(model) if f"moments.{n}.step" in manifest.tensors]
-    _begin_moments(optimizer.base, begun)
+    _begin_moments(optimizer, begun)
     targets = _weights(model)
     # After reading, in order: what a pair's bytes mean depends on the mask, which comes before it.
     finish: list[Callable[[], None]] = []
@@ -71,7 +71,7 @@ def load_state(
         if isinstance(held, Packed):
             read, then = _reading(name, held, manifest)
             targets |= read
-            finish += then
+            finish += [partial(_at_its_place, optimizer, local(parameter), action) for action in then]
             continue
         targets[name] = _whole(held, parameter)
         if isinstance(held, int):
@@ -79,6 +79,7 @@ def load_state(
     load_tensors(targets, directory, manifest, group)
     for action in finish:
         action()
+    optimizer.kept.synchronize()
 
 
 def _reading(name: str, held: Packed, manifest: Manifest) -> tuple[dict[str, Tensor], list[Callable[[], None]]]:
@@ -138,11 +139,17 @@ def _whole(held: Tensor | int, parameter: nn.Parameter) -> Tensor:
     return placed_as(parameter, held, tuple(parameter.shape)) if held.ndim and not isinstance(held, DTensor) else held
 
 
-def _begin_moments(base: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+def _at_its_place(optimizer: ADMMOptimizer, parameter: nn.Parameter, action: Callable[[], None]) -> None:
+    with optimizer.kept.here(parameter, changed=True):
+        action()
+
+
+def _begin_moments(optimizer: ADMMOptimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Have the optimizer make its state for these parameters, by a step without a gradient for one after another.
 
     It changes weights, of which others are read afterwards.
     """
+    base = optimizer.base
     group_of = {id(p): group for group in base.param_groups for p in group["params"]}
     groups = base.param_groups
     for parameter in parameters:
@@ -151,9 +158,11 @@ def _begin_moments(base: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         base.param_groups, group["params"] = [group], [parameter]
         parameter.grad = torch.zeros_like(parameter)
         try:
-            base.step()
+            with optimizer.kept.here(parameter, changed=True):
+                base.step()
         finally:
             base.param_groups, group["params"], parameter.grad = groups, members, None
+    optimizer.kept.synchronize()
 
 
 def _set_count(moments: dict[str, Any], key: str, count: Tensor) -> None:

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from elsa_modifier.admm.rounding import Place
 from elsa_modifier.training.stochastic_adam import StochasticAdam
 
-__all__ = ["LOW_BIT_OPTIMIZERS", "OptimizerName", "build_base_optimizer", "check_optimizer"]
+__all__ = ["LOW_BIT_OPTIMIZERS", "OFFLOADED_OPTIMIZERS", "OptimizerName", "build_base_optimizer", "check_optimizer"]
 
 OptimizerName = Literal["adam", "adamw", "adam8bit_sr", "adam8bit", "adam4bit", "adamfp8"]
 
 _TORCH = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _TORCHAO = {"adam8bit": "Adam8bit", "adam4bit": "Adam4bit", "adamfp8": "AdamFp8"}
+OFFLOADED_OPTIMIZERS: tuple[OptimizerName, ...] = ("adam", "adamw", "adam8bit_sr")
 LOW_BIT_OPTIMIZERS: tuple[OptimizerName, ...] = ("adam8bit_sr", "adam8bit", "adam4bit", "adamfp8")
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
 from elsa_modifier.admm.optimizer import ADMMOptimizer
 from elsa_modifier.admm.penalty import PenaltySchedule
+from elsa_modifier.admm.placement import is_fused
 from elsa_modifier.admm.projection import parse_mask_structure
 from elsa_modifier.resuming.checkpoints import Run
 from elsa_modifier.resuming.fingerprint import model_fingerprint, recipe_fingerprint
@@ -81,6 +82,10 @@ def run_recipe(
     precision = precision_on(device, recipe.precision, weights=WEIGHT_DTYPES[recipe.weight_dtype])
     if precision != recipe.precision:
         logger.info(f"precision is 'auto': computing in {precision} on this {device.type.upper()}.")
+    if recipe.offload_state and not is_fused(device):
+        logger.info("offload_state is true, and changes nothing: weights are in main memory as it is.")
+    if ranks is None and is_fused(device) and (visible := torch.accelerator.device_count()) > 1:
+        logger.info(f"{visible} devices are visible, and {device} is used. torchrun starts a process for each.")
     batches = batches_from_calibration(
         loader,
         steps=recipe.steps,
@@ -177,6 +182,7 @@ def build_optimizer(recipe: "ELSAModifier", run: Alone, targets: list[Target]) -
         freeze_step=freeze_step,
         state_dtype=recipe.state_dtype,
         prune_unreached=recipe.prune_unreached,
+        offload=recipe.offload_state and is_fused(weights[0].weight.device),
         shards=run.shards,
     )
 
