@@ -85,15 +85,14 @@ class ElsaSparseQuantizer(HfQuantizer):
         :raises ValueError: if the model would be where there are no kernels, or where they differ
         """
         kernels()
-        places = [*device_map.values()] if isinstance(device_map, dict) else []
-        for place in places:
-            if place == "disk" or not kernels().has_kernels(torch.device(place)):
+        for place in device_map.values() if isinstance(device_map, dict) else ():
+            if place == "disk" or not kernels().has_kernels(_device(place)):
                 raise ValueError(
                     f"device_map names {place}; compressed weights are for CPUs, and for GPUs of CUDA and ROCm: name "
                     "one of them, or leave out the quantization_config"
                 )
-        # What is on the CPU beside a GPU is moved there at each call, by code that knows of one layout.
-        if len({torch.device(place).type for place in places}) > 1:
+        # What waits on the CPU for its turn on a GPU is moved by code that knows of one layout.
+        if isinstance(device_map, dict) and len({_device(place).type for place in device_map.values()}) > 1:
             raise ValueError(
                 "device_map names a CPU and a GPU; compressed weights stay on one kind of device: name one of them, or "
                 "leave out the quantization_config"
@@ -201,6 +200,11 @@ class _Compress(ConversionOps):
             weight, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity
         )
         return packed
+
+
+def _device(place: Any) -> torch.device:
+    """What a device map names; a number is a GPU."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None:
