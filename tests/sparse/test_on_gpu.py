@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from elsa_modifier import ElsaSparseConfig
 from elsa_sparse import SparseLinear, load_sparse
 from elsa_sparse.sparse_experts import PackedExperts, pack_experts
-from elsa_sparse.sparse_linear import pack_weight
+from elsa_sparse.sparse_linear import pack_weight, target_device
 from tests.pretended_gpu import cpu_as_gpu
 from tests.sparse.test_compressed_models import assert_same_weights
 from tests.sparse.test_sparse_linear import COLUMNS, ROWS, layer, sparse_weight
@@ -92,6 +92,13 @@ def test_state_dicts_are_taken_from_either(assign):
     with cpu_as_gpu():
         there.load_state_dict(dense, assign=assign)
     assert layouts(there) == {"gpu"} and torch.equal(there.weight, dense["weight"])
+
+
+def test_where_a_loaded_weight_goes():
+    here, elsewhere = torch.empty(1), torch.empty(1, device="meta")
+    assert target_device(here, elsewhere, {}) == torch.device("cpu")
+    assert target_device(here, elsewhere, {"assign_to_params_buffers": True}) == torch.device("meta")
+    assert target_device(elsewhere, here, {}) == torch.device("cpu")
 
 
 def test_a_damaged_weight_of_a_gpu_is_not_loaded():
