@@ -4,13 +4,12 @@ A pruned model's head is dense: of a small model it is most of what is left, and
 is (vocabulary, hidden) int8, with one scale a row, the largest magnitude in the row over 127.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from elsa_sparse.sparse_linear import SparseLinear, check_device
+from elsa_sparse.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     # To the dtype before integers are chosen, so that they make up for the scale's rounding.
     scales = (weight.abs().amax(1).float() / 127).to(weight.dtype)
     scales = torch.where(scales > 0, scales, 1)
-    integers = torch.empty(weight.shape, dtype=torch.int8)
+    integers = torch.empty_like(weight, dtype=torch.int8)
     for rows, divisor, rounded in zip(weight.split(_BLOCK), scales.split(_BLOCK), integers.split(_BLOCK), strict=True):
         rounded.copy_((rows.float() / divisor[:, None].float()).round_().clamp_(-127, 127))
     return integers, scales
@@ -65,11 +64,6 @@ class _Int8Rows(nn.Module):
             state_dict.update(zip(names, round_rows(dense.detach().cpu()), strict=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Int8Rows":
-        check_device(fn, type(self).__name__)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
 
 class Int8Embedding(_Int8Rows):
     """``torch.nn.Embedding`` for inference, with rows of 8-bit integers."""
@@ -80,7 +74,7 @@ class Int8Embedding(_Int8Rows):
 
 
 class Int8Head(_Int8Rows):
-    """``torch.nn.Linear`` for inference on a CPU, with a weight of 8-bit integers.
+    """``torch.nn.Linear`` for inference, with a weight of 8-bit integers.
 
     :param bias: (rows,), floating point, or None
     """
@@ -93,7 +87,7 @@ class Int8Head(_Int8Rows):
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) to (..., rows), of the dtype of ``x``."""
         scales, flat = self.scales.to(x.dtype), x.reshape(-1, x.shape[-1])
-        if x.dtype == torch.bfloat16 and flat.shape[0] <= _FEW:
+        if x.is_cpu and x.dtype == torch.bfloat16 and flat.shape[0] <= _FEW:
             y = torch._weight_int8pack_mm(flat, self.integers, scales)
         else:
             blocks = [nn.functional.linear(flat, block.to(x.dtype)) for block in self.integers.split(_BLOCK)]

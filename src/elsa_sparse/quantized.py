@@ -37,9 +37,10 @@ class IntegerWeight:
     scales: Tensor
     bits: int
 
-    def to(self, *args: Any, **kwargs: Any) -> "IntegerWeight":
-        """What transformers does to all it reads; integers stay what they are."""
-        return self
+    def to(self, *, device: Any = None, dtype: Any = None) -> "IntegerWeight":
+        """What transformers does to all it reads; integers move, and stay what they are."""
+        integers, scales = (part.to(device=device) for part in (self.integers, self.scales))
+        return IntegerWeight(integers=integers, scales=scales, bits=self.bits)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """(rows, columns) of a dtype, multiplied in fp32."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels
-from elsa_sparse.sparse_linear import check_device, narrowest
+from elsa_sparse.sparse_linear import moved_weights, narrowest, target_device
 
 __all__ = ["PackedExperts", "holds_experts", "pack_experts"]
 
 
 class PackedExperts(nn.Module):
-    """A parameter of (experts, rows, columns), compressed for inference on a CPU, a buffer an expert.
+    """A parameter of (experts, rows, columns), compressed for inference, a buffer an expert.
+
+    Moved to a GPU or back they are packed anew, as a :class:`~elsa_sparse.sparse_linear.SparseLinear` is.
 
     :param packed: what ``elsa_kernels.pack`` returned for each expert, 1-D uint8
     :raises ValueError: if one of them is no packed weight
@@ -50,11 +52,17 @@ class PackedExperts(nn.Module):
         return f"{tuple(self.shape)}, values={self.values}, nbytes={sum(packed.numel() for packed in self.buffers())}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedExperts":
-        check_device(fn, "PackedExperts")
+        packed = moved_weights([*self.buffers()], fn, "PackedExperts")
+        if packed[0] is not self.get_buffer("0"):
+            self.values = kernels().describe(packed[0]).values
+            for i, matrix in enumerate(packed):
+                setattr(self, str(i), matrix)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         error_msgs: list[str] = args[-1]
         for i, packed in enumerate([*self.buffers()]):
             key = f"{prefix}{i}"
@@ -65,11 +73,13 @@ class PackedExperts(nn.Module):
                 info = kernels().describe(state_dict[key])
                 if (info.rows, info.columns) != tuple(self.shape[1:]):
                     raise ValueError(f"it is {(info.rows, info.columns)}, this expert's is {tuple(self.shape[1:])}")
+                device = target_device(packed, state_dict[key], local_metadata)
+                state_dict[key] = kernels().to_device(state_dict[key], device)
                 setattr(self, str(i), torch.empty_like(state_dict[key]))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{key} cannot be loaded: {error}")
                 state_dict[key] = packed
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class _PackedMatrix:
@@ -111,12 +121,14 @@ def pack_experts(
 ) -> list[Tensor] | None:
     """Experts as ``elsa_kernels`` packs them, if that pays for all of them together.
 
-    :param weight: (experts, rows, columns), on the CPU
+    :param weight: (experts, rows, columns)
     :return: 1-D uint8 of each, or None if they should stay dense. Other arguments are those of
         :func:`~elsa_sparse.sparse_linear.pack_weight`
     """
     dtype = narrowest(weight)
     if dtype is None or not weight.numel() or int(weight.count_nonzero()) > (1 - min_sparsity) * weight.numel():
+        return None
+    if values is None and dtype == torch.float32 and kernels().takes_gpu_layout(weight.device):
         return None
     packed = [kernels().pack(matrix.to(dtype), values=values, group_size=group_size) for matrix in weight]
     return packed if sum(matrix.numel() for matrix in packed) < weight.numel() * dtype.itemsize else None

@@ -8,15 +8,18 @@ from torch import Tensor, nn
 
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, FLOATS, kernels, packed_size
 
-__all__ = ["SparseLinear", "check_device", "narrowest", "pack_weight"]
+__all__ = ["SparseLinear", "moved_weights", "narrowest", "pack_weight", "target_device"]
 
 
 class SparseLinear(nn.Module):
-    """``torch.nn.Linear`` for inference on a CPU, with its weight in one compressed buffer.
+    """``torch.nn.Linear`` for inference, with its weight in one compressed buffer.
+
+    On a CPU and on a GPU the buffer has the layout that kernels there take; moving the layer packs it anew, with equal
+    values.
 
     The state dict has ``packed``, and ``bias`` if there is one. Loading one takes ``packed`` of any length that is a
-    packed weight of the same shape, and a dense ``weight``, which is packed. ``to(dtype)`` converts the bias; the
-    weight keeps its values, and products are in the dtype of the input.
+    packed weight of the same shape, of either layout, and a dense ``weight``, which is packed. ``to(dtype)`` converts
+    the bias; the weight keeps its values, and products are in the dtype of the input.
 
     :param packed: what ``elsa_kernels.pack`` returned, 1-D uint8
     :param bias: (rows,), floating point, or None
@@ -86,9 +89,11 @@ class SparseLinear(nn.Module):
         key = f"{prefix}packed"
         try:
             if key not in state_dict and f"{prefix}weight" in state_dict:
-                state_dict[key] = kernels().pack(state_dict.pop(f"{prefix}weight").detach().cpu())
+                state_dict[key] = kernels().pack(state_dict.pop(f"{prefix}weight").detach())
             if key in state_dict:
                 kernels().check(state_dict[key])
+                device = target_device(self.packed, state_dict[key], local_metadata)
+                state_dict[key] = kernels().to_device(state_dict[key], device)
                 info = kernels().describe(state_dict[key])
                 shape = (info.rows, info.columns)
                 if shape != (self.out_features, self.in_features):
@@ -103,23 +108,44 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
-        check_device(fn, "SparseLinear")
+        [packed] = moved_weights([self.packed], fn, "SparseLinear")
+        if packed is not self.packed:
+            self.packed, self.values = packed, kernels().describe(packed).values
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def check_device(fn: Callable[[Tensor], Tensor], name: str) -> None:
-    """Refuse what :meth:`torch.nn.Module.to` would do if it leads away from the CPU.
+def moved_weights(packed: list[Tensor], fn: Callable[[Tensor], Tensor], name: str) -> list[Tensor]:
+    """Packed weights where :meth:`torch.nn.Module.to` will take them, in the layout that kernels there take.
 
+    :param packed: all of a module's, on one device
     :param fn: what is applied to every tensor of the module
     :param name: of the module's class, for the message
-    :raises NotImplementedError: if it moves them to a device without kernels
+    :raises NotImplementedError: if it moves them to where there are no kernels for them
     """
-    device = fn(torch.empty(0, dtype=torch.uint8)).device
-    if device.type not in ("cpu", "meta"):
+    device = fn(packed[0].new_empty(0)).device
+    if packed[0].is_meta or device.type == "meta":
+        return packed
+    if not kernels().has_kernels(device):
         raise NotImplementedError(
-            f"a {name} cannot be moved to {device}: its kernels are for CPUs; load the model without compressed"
+            f"a {name} cannot be moved to {device}: there are kernels for CPUs and for CUDA and ROCm; load the model "
+            "without compressed"
         )
+    try:
+        return [kernels().to_device(weight, device) for weight in packed]
+    except TypeError as error:
+        raise NotImplementedError(
+            f"a {name} of fp32 weights cannot be moved to {device}, where there are kernels for bf16, fp16 and "
+            "integers; load the model with dtype=torch.bfloat16, or without compressed"
+        ) from error
+
+
+def target_device(current: Tensor, loaded: Tensor, metadata: dict[str, Any]) -> torch.device:
+    """Where a buffer is to be after ``load_state_dict``: where it is, or with ``assign`` where what is loaded is.
+
+    :param metadata: the ``local_metadata`` that ``torch.nn.Module`` passes on
+    """
+    return loaded.device if current.is_meta or metadata.get("assign_to_params_buffers") else current.device
 
 
 def pack_weight(
@@ -129,9 +155,12 @@ def pack_weight(
     group_size: int | None = None,
     min_sparsity: float = DEFAULT_MIN_SPARSITY,
 ) -> Tensor | None:
-    """A weight as ``elsa_kernels`` packs it, if that pays, see :func:`~elsa_sparse.compression_rule.packed_size`.
+    """A weight as ``elsa_kernels`` packs it for the device it is on, if that pays.
 
-    :param weight: (rows, columns), on the CPU
+    On a CPU :func:`~elsa_sparse.compression_rule.packed_size` says so. On a GPU the size follows from where the zeros
+    are: the weight is packed, and stays dense if that is no smaller. So does one of fp32, unless it is rounded.
+
+    :param weight: (rows, columns)
     :param values: ``"int8"`` or ``"int4"`` rounds kept weights to integers with a scale a group; None keeps them equal
     :param group_size: columns that share a scale, of integers; None for what ``elsa_kernels.pack`` takes by itself
     :return: 1-D uint8, or None if the weight should stay dense
@@ -141,10 +170,16 @@ def pack_weight(
         return None
     rows, columns = weight.shape
     kept = int(torch.count_nonzero(weight))
+    packed: Tensor
+    if kernels().takes_gpu_layout(weight.device):
+        if kept > (1 - min_sparsity) * weight.numel() or (values is None and dtype == torch.float32):
+            return None
+        packed = kernels().pack(weight.to(dtype), values=values, group_size=group_size)
+        return packed if packed.numel() < weight.numel() * dtype.itemsize else None
     size = packed_size(rows, columns, kept, dtype, values=values, group_size=group_size, min_sparsity=min_sparsity)
     if size is None:
         return None
-    packed: Tensor = kernels().pack(weight.to(dtype), values=values, group_size=group_size)
+    packed = kernels().pack(weight.to(dtype), values=values, group_size=group_size)
     return packed
 
 

@@ -33,7 +33,7 @@ def load_sparse(
 ) -> "PreTrainedModel":
     """The transformers model of a sparse checkpoint, equal in every value to what was packed.
 
-    :param compressed: keep sparse weights compressed in memory, for inference on a CPU; short for a
+    :param compressed: keep sparse weights compressed in memory, for inference; short for a
         ``quantization_config`` of :class:`~elsa_sparse.transformers_quantizer.ElsaSparseConfig`, which has more choices
     :param int8_head: with ``compressed``, hold the output head in 8-bit integers, and an embedding that is tied to it:
         smaller, faster for a few sequences at a time, and no longer equal

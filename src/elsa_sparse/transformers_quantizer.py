@@ -31,7 +31,7 @@ QUANT_METHOD = "elsa_sparse"
 
 @register_quantization_config(QUANT_METHOD)
 class ElsaSparseConfig(QuantizationConfigMixin):
-    """``quantization_config`` of ``from_pretrained``: sparse weights stay compressed in memory, on a CPU.
+    """``quantization_config`` of ``from_pretrained``: sparse weights stay compressed in memory.
 
     :param min_sparsity: zeros below which a weight stays dense, 0 to 1
     :param int8_head: hold the output head in 8-bit integers with a scale a row, and an embedding that is tied to it:
@@ -82,19 +82,29 @@ class ElsaSparseQuantizer(HfQuantizer):
         """Refuse what could not work before anything is read.
 
         :raises ImportError: if ``elsa_kernels`` is not installed
-        :raises ValueError: if the model would not be on the CPU
+        :raises ValueError: if the model would be where there are no kernels, or where they differ
         """
         kernels()
         for place in device_map.values() if isinstance(device_map, dict) else ():
-            if str(place).partition(":")[0] != "cpu":
+            if place == "disk" or not kernels().has_kernels(_device(place)):
                 raise ValueError(
-                    f"device_map names {place}; compressed weights are for the CPU: leave out device_map, or the "
-                    "quantization_config"
+                    f"device_map names {place}; compressed weights are for CPUs, and for GPUs of CUDA and ROCm: name "
+                    "one of them, or leave out the quantization_config"
                 )
+        # What waits on the CPU for its turn on a GPU is moved by code that knows of one layout.
+        if isinstance(device_map, dict) and len({_device(place).type for place in device_map.values()}) > 1:
+            raise ValueError(
+                "device_map names a CPU and a GPU; compressed weights stay on one kind of device: name one of them, or "
+                "leave out the quantization_config"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """``"auto"`` is the CPU, too."""
+        """``"auto"`` is the CPU, too: the kernels for GPUs have not been run on one, so one has to be named."""
         return {"": "cpu"} if isinstance(device_map, str) else device_map
+
+    def param_element_size(self, model: "PreTrainedModel", param_name: str, param: Tensor) -> float:
+        """Nothing for what may be compressed: transformers reserves as much of a GPU before it reads anything."""
+        return 0 if self.may_compress(model, param_name) else param.element_size()
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         """Every parameter is looked at when it has been read."""
@@ -190,6 +200,11 @@ class _Compress(ConversionOps):
             weight, values=config.values, group_size=config.group_size, min_sparsity=config.min_sparsity
         )
         return packed
+
+
+def _device(place: Any) -> torch.device:
+    """What a device map names; a number is a GPU."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None:

@@ -23,14 +23,15 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from elsa_sparse.checkpoint import CONFIG_FILE, CONFIG_KEY, SparseCheckpoint
 from elsa_sparse.compression_rule import INTEGERS
 from elsa_sparse.errors import SparseCheckpointError
-from elsa_sparse.vllm_compressed import dense_reason, version_problem, with_compression
+from elsa_sparse.vllm_compressed import ON_GPU, dense_reason, version_problem, with_compression
 from elsa_sparse.vllm_packing import Savings
 
 __all__ = ["LOAD_FORMAT", "SWITCH", "SparseModelLoader", "register"]
 
 LOAD_FORMAT = "elsa-sparse"
 SWITCH = "compressed"
-"""Key of ``--model-loader-extra-config``: false keeps weights dense in memory, a name of integers rounds them."""
+"""Key of ``--model-loader-extra-config``: false keeps weights dense in memory, a name of integers rounds them,
+``gpu`` has them compressed on a GPU, too."""
 
 # Only vLLM's own loggers are set up to print.
 logger = init_logger("vllm.elsa_sparse")
@@ -47,11 +48,11 @@ class SparseModelLoader(DefaultModelLoader):
         self._only_sparse = load_config.load_format == LOAD_FORMAT
         extra = load_config.model_loader_extra_config
         self._compressed = extra.get(SWITCH, True) if isinstance(extra, dict) else True
-        if not isinstance(self._compressed, bool) and self._compressed not in INTEGERS:
+        if not isinstance(self._compressed, bool) and self._compressed not in (*INTEGERS, ON_GPU):
             raise ValueError(
                 f"--model-loader-extra-config: {SWITCH} is {self._compressed!r}; allowed are true (pruned weights stay "
-                f"compressed in memory where that can be done), false (dense), and {' or '.join(map(repr, INTEGERS))} "
-                "(compressed, and what is kept is rounded)"
+                f"compressed in memory on a CPU), {ON_GPU!r} (on a GPU, too), false (dense), and "
+                f"{' or '.join(map(repr, INTEGERS))} (compressed on a CPU, and what is kept is rounded)"
             )
         self._savings: Savings | None = None
         changed: dict[str, Any] = {}
@@ -64,11 +65,11 @@ class SparseModelLoader(DefaultModelLoader):
     def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         config = _config_file(model_config.model, model_config.revision)
         if CONFIG_KEY in config and self._compressed:
-            if reason := dense_reason(vllm_config):
+            if reason := dense_reason(vllm_config, self._compressed):
                 level, text = reason
                 logger.log(level, "Serving the sparse checkpoint %s dense: %s", model_config.model, text)
             else:
-                values = None if self._compressed is True else self._compressed
+                values = self._compressed if self._compressed in INTEGERS else None
                 if changed := with_compression(vllm_config, config[CONFIG_KEY], values):
                     vllm_config, self._savings = changed
         model: nn.Module = super().create_model(vllm_config, model_config, prefix)

@@ -2,7 +2,10 @@
 
 Each layer is compressed when its last weight has been loaded, so that dense weights exist one layer at a time. Fused
 layers (q, k and v; gate and up) are one weight by then, and with tensor parallelism a rank compresses its part.
-Embeddings and heads, tied or not, are left to vLLM.
+Embeddings and heads, tied or not, are left to vLLM. A layer is packed for the device that it was loaded to.
+
+A step reads nothing back from a GPU and launches kernels whose sizes the host knows, so that CUDA graphs can hold it:
+the first call of each size, which compiles, is the one that vLLM makes before it captures a graph.
 """
 
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elsa_sparse import vllm_compressed
 from elsa_sparse.sparse_linear import pack_weight
 from elsa_sparse.vllm_internals import (
     ALREADY_PROCESSED,
@@ -44,7 +48,7 @@ class SparseConfig(QuantizationConfig):
 
     def __init__(self) -> None:
         super().__init__()
-        if problem := kernels_problem():
+        if problem := kernels_problem(gpu=vllm_compressed.serves_on_gpu()):
             raise RuntimeError(f"--quantization {METHOD}: {problem}")
 
     def get_name(self) -> str:

@@ -38,10 +38,16 @@ class Savings:
         )
 
 
-def kernels_problem() -> str | None:
-    """Why nothing can be computed with compressed weights here, and what to do; None if it can."""
+def kernels_problem(*, gpu: bool) -> str | None:
+    """Why nothing can be computed with compressed weights here, and what to do; None if it can.
+
+    :param gpu: whether a GPU is to compute
+    """
     if importlib.util.find_spec("elsa_kernels") is None:
         return "elsa-kernels is not installed: pip install --no-deps elsa-kernels"
+    if gpu:
+        # It comes with torch's builds for GPUs. There is nothing to compile beforehand.
+        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
     if kernels().backend() == "torch":
         return (
             "elsa-kernels has no compiled library here, and would be slower than dense weights: install it again where "
@@ -50,9 +56,10 @@ def kernels_problem() -> str | None:
     return None
 
 
-def kernels_identity() -> str:
+def kernels_identity(*, gpu: bool) -> str:
     """What a packed weight's size depends on beside the weight."""
-    return f"{importlib.metadata.version('elsa-kernels')} {kernels().backend()} {DEFAULT_MIN_SPARSITY}"
+    backend = "gpu" if gpu else kernels().backend()
+    return f"{importlib.metadata.version('elsa-kernels')} {backend} {DEFAULT_MIN_SPARSITY}"
 
 
 def pack_integers(integers: Tensor, scales: Tensor, *, bits: Literal[4, 8], always: bool) -> Tensor | None:

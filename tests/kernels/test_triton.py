@@ -14,14 +14,16 @@ from elsa_kernels import gpu_linear as module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NO_TRITON = "needs triton, which a checkout without it can install: pip install triton"
-INTERPRETED = Path(__file__).parent / "test_triton_product.py"
+TESTS = Path(__file__).parents[1]
+INTERPRETED = ["kernels/test_triton_product.py", "sparse/test_on_gpu_products.py"]
 
 
-def test_kernels_compute_under_the_interpreter():
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_kernels_compute_under_the_interpreter(file):
     """In a process of its own: Triton asks for the interpreter when it is imported."""
     pytest.importorskip("triton", reason=NO_TRITON)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", INTERPRETED],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", TESTS / file],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """Run in the server's environment: engines of vLLM, one after the other in one process, as standard input lists them.
 
-``avx2`` as its argument has the process take the processor for one without AVX-512.
+``avx2`` as its argument has the process take the processor for one without AVX-512, ``gpu`` for a GPU whose kernels
+Triton's interpreter runs.
 """
 
 import json
@@ -18,8 +19,13 @@ def main() -> None:
 
         for probe in PROBES:
             setattr(torch.cpu, probe, lambda: False)
+    if sys.argv[1:] == ["gpu"]:
+        os.environ["TRITON_INTERPRET"] = "1"
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    if sys.argv[1:] == ["gpu"]:
+        take_cpu_for_gpu()
 
     question = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     for job in json.load(sys.stdin):
@@ -31,6 +37,20 @@ def main() -> None:
         print("\nANSWER " + json.dumps(logprobs), flush=True)
         del engine
         cleanup_dist_env_and_memory()
+
+
+def take_cpu_for_gpu() -> None:
+    """Of this package alone: vLLM itself goes on as on a CPU. Afterwards only products of GPUs can be computed."""
+    import torch
+    from elsa_kernels import gpu_layout
+    from elsa_kernels.gpu_linear import gpu_linear
+
+    from elsa_sparse import vllm_compressed
+
+    gpu_layout.GPU_DEVICES = frozenset({"cpu"})
+    vllm_compressed.serves_on_gpu = lambda: True
+    take_cpu_for_gpu.library = library = torch.library.Library("elsa_kernels", "IMPL")
+    library.impl("linear", gpu_linear, "CPU", allow_override=True)
 
 
 if __name__ == "__main__":

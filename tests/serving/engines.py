@@ -16,18 +16,18 @@ class Answer(NamedTuple):
     log: str
 
 
-def answers(asked, prompt, place, *, avx2=False, environment=None, **common):
+def answers(asked, prompt, place, *, taken_for=None, environment=None, **common):
     """One answer for each of ``asked``.
 
     :param asked: pairs of a directory and of the loader's extra configuration
     :param place: a directory that the process runs in
-    :param avx2: take the processor for one without AVX-512
+    :param taken_for: what the processor is taken for: ``"avx2"`` is one without AVX-512, ``"gpu"`` a GPU
     :param common: arguments of ``vllm.LLM`` for all of them, before those that every engine here gets
     """
     common = SETTINGS | common | {"prompt": prompt}
     jobs = [common | {"model": str(directory), "model_loader_extra_config": loader} for directory, loader in asked]
     # A file's path, and not a module: the package is to be the installed one.
-    command = [str(PYTHON), str(Path(__file__).with_name("engine_process.py")), *(["avx2"] if avx2 else [])]
+    command = [str(PYTHON), str(Path(__file__).with_name("engine_process.py")), *([taken_for] if taken_for else [])]
     run = subprocess.run(
         command,
         input=json.dumps(jobs),

@@ -84,10 +84,28 @@ def test_quantized_weights_stay_integers(bits, small_answers):
 def test_without_avx512(small, small_prompt, small_answers, tmp_path):
     """vLLM has no kernel for 4 bits then, and every layer of such a checkpoint is ours."""
     asked = [(small / "sparse", {}), (small / "w4a16/sparse", {})]
-    sparse, quantized = answers(asked, small_prompt, tmp_path, avx2=True)
+    sparse, quantized = answers(asked, small_prompt, tmp_path, taken_for="avx2")
     assert [COMPRESSED.search(answer.log)[1] for answer in (sparse, quantized)] == ["7", "8"]
     assert distance(sparse.logprobs, small_answers["dense"].logprobs) < CLOSE
     assert distance(quantized.logprobs, small_answers["w4a16/dense"].logprobs) < CLOSE
+
+
+@pytest.mark.parametrize("tokens", [13, 40])
+def test_on_a_gpu(tokens, small, small_prompt, tmp_path):
+    """Triton's interpreter runs the kernels: of few tokens, and of many."""
+    asked = [
+        (small / "sparse", {"compressed": "gpu"}),
+        (small / "sparse", {}),
+        (small / "w4a16/sparse", {"compressed": "gpu"}),
+    ]
+    compressed, dense, quantized = answers(asked, small_prompt[:tokens], tmp_path, taken_for="gpu")
+    assert distance(compressed.logprobs, dense.logprobs) < CLOSE
+    [(layers, of, before, after)] = COMPRESSED.findall(compressed.log)
+    assert (layers, of) == ("7", "8") and float(after) < float(before) / 3
+    # Nobody has run these kernels on a GPU, so they have to be asked for; integers are vLLM's own there.
+    assert not COMPRESSED.search(dense.log) and not COMPRESSED.search(quantized.log)
+    [line] = [line for line in dense.log.splitlines() if "Serving the sparse checkpoint" in line]
+    assert "INFO" in line and """--model-loader-extra-config '{"compressed": "gpu"}'""" in line
 
 
 def test_memory_while_loading(tmp_path):
@@ -122,7 +140,7 @@ def test_another_vllm_serves_dense():
     script = (
         "import vllm; vllm.__version__ = '0.33.1'; import elsa_sparse.vllm_loader as l; l.register(); "
         "from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as m; "
-        "from elsa_sparse.vllm_compressed import dense_reason; print(dense_reason(None)[1], 'elsa-sparse' in m)"
+        "from elsa_sparse.vllm_compressed import dense_reason; print(dense_reason(None, True)[1], 'elsa-sparse' in m)"
     )
     assert run(script) == "this is vLLM 0.33.1; compressed serving has been tried with 0.32.x False"
 

@@ -231,8 +231,8 @@ def test_arguments_that_contradict_each_other(sparse):
     for fields, said in (
         ({"int8_head": True}, "int8_head is set without compressed"),
         ({"compressed": True, "quantization_config": ElsaSparseConfig()}, "give all settings in the latter"),
-        ({"compressed": True, "device_map": {"": "cuda:0"}}, "device_map names cuda:0"),
-        ({"compressed": True, "device_map": {"": 0}}, "device_map names 0"),
+        ({"compressed": True, "device_map": {"": "mps"}}, "device_map names mps"),
+        ({"compressed": True, "device_map": {"": "cpu", "lm_head": 0}}, "device_map names a CPU and a GPU"),
     ):
         with pytest.raises(ValueError, match=said):
             load_sparse(directory, **fields)

@@ -16,6 +16,7 @@ from elsa_sparse.checkpoint import CONFIG_FILE
 from elsa_sparse.entry import TensorEntry, encode
 from elsa_sparse.inspecting import inspect, memory_bytes, summarize
 from elsa_sparse.quantized import IntegerWeight, bits_of, unpack_int32
+from tests.pretended_gpu import cpu_as_gpu
 from tests.sparse.test_compressed_models import IDS, compressed_layers
 
 elsa_kernels = pytest.importorskip("elsa_kernels")
@@ -39,6 +40,21 @@ def quantized(pruned, tmp_path):
         return tmp_path / "sparse"
 
     return make
+
+
+def test_the_integers_go_to_a_gpu(quantized):
+    directory = quantized(_W4)
+    expected = compressed_layers(load_sparse(directory, compressed=True))
+    with cpu_as_gpu():
+        found = compressed_layers(load_sparse(directory, compressed=True))
+    assert found.keys() == expected.keys()
+    for path, layer in found.items():
+        assert elsa_kernels.describe(layer.packed).layout == "gaps" and layer.quantized == expected[path].quantized
+        assert torch.equal(layer.weight, expected[path].weight)
+    weight = IntegerWeight(integers=torch.ones(2, 4, dtype=torch.int8), scales=torch.ones(2, 1), bits=4)
+    moved = weight.to(device="meta", dtype=torch.bfloat16)
+    assert moved.integers.is_meta and moved.scales.is_meta
+    assert (moved.integers.dtype, moved.scales.dtype, moved.bits) == (torch.int8, torch.float32, 4)
 
 
 @pytest.mark.parametrize("weights,name", [(_WEIGHTS, "llama"), (_W4, "llama"), (_W4, "llama-biased")])

@@ -28,7 +28,19 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["GpuHeader", "pack_for_gpu", "pack_integers_for_gpu", "read_gpu_header", "unpack_gpu"]
+__all__ = [
+    "GpuHeader",
+    "is_for_gpu",
+    "pack_for_gpu",
+    "pack_integers_for_gpu",
+    "read_gpu_header",
+    "takes_gpu_layout",
+    "unpack_gpu",
+    "unpack_gpu_integers",
+]
+
+# Types of devices whose kernels take this layout; torch calls AMD's GPUs "cuda", too.
+GPU_DEVICES = frozenset({"cuda"})
 
 MAGIC = int.from_bytes(b"ELSAGAP1", "little")
 HEADER_NBYTES = 64
@@ -88,6 +100,18 @@ class GpuHeader:
         fields += [offsets[name] // ALIGNMENT for name in ("gaps", "values", "scales")]
         magic = [MAGIC & 0xFFFFFFFF, MAGIC >> 32]
         return torch.tensor(magic + fields + [0] * (HEADER_NBYTES // 4 - 2 - len(fields)), dtype=torch.int32)
+
+
+def takes_gpu_layout(device: torch.device) -> bool:
+    """Whether a device's kernels take weights that are packed as here; those of a CPU take the other layout."""
+    return device.type in GPU_DEVICES
+
+
+def is_for_gpu(packed: Tensor) -> bool:
+    """Whether a tensor begins as packed weights of GPUs do. Reads its first bytes, so not in a step."""
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER_NBYTES:
+        return False
+    return int(packed[:8].cpu().clone().view(torch.int64)) == MAGIC
 
 
 def pack_for_gpu(weight: Tensor) -> Tensor:
@@ -235,6 +259,27 @@ def unpack_gpu(packed: Tensor) -> Tensor:
     :raises ValueError: if this is no packed weight
     """
     header = read_gpu_header(packed)
+    if not header.group_size:
+        return _unpack_values(packed, header)
+    integers, scales = unpack_gpu_integers(packed)
+    return integers.float() * scales.repeat_interleave(header.group_size, dim=1)
+
+
+def unpack_gpu_integers(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """A packed weight of integers as ``pack_integers_for_gpu`` took it, on the packed tensor's device.
+
+    :return: (rows, columns) int8, and (rows, groups) float32
+    :raises ValueError: if this is no packed weight, or one of floating point
+    """
+    header = read_gpu_header(packed)
+    if not header.group_size:
+        raise ValueError(f"packed has values of {header.dtype}; only int8 comes with scales")
+    scales = _part(packed, header, "scales").view(torch.float32)[: header.rows * header.groups]
+    return _unpack_values(packed, header), scales.view(header.rows, header.groups)
+
+
+def _unpack_values(packed: Tensor, header: GpuHeader) -> Tensor:
+    """(rows, columns) of the dtype of the values, without scales."""
     starts = BLOCK_SLOTS * _part(packed, header, "row_starts").view(torch.int32)[: header.rows + 1].long()
     raw = _part(packed, header, "gaps")[: BLOCK_SLOTS * header.blocks // 2]
     gaps = torch.stack([raw & 15, raw >> 4], dim=1).view(-1).long()
@@ -244,9 +289,8 @@ def unpack_gpu(packed: Tensor) -> Tensor:
     column = after[1:] - after[starts[row]] - 1
     holds = values != 0
     row, column = row[holds], column[holds]
+    if bool((column >= header.columns).any()):
+        raise ValueError("packed is corrupt: gaps lead past the last column; pack the weight again")
     dense = torch.zeros(header.rows, header.columns, dtype=header.dtype, device=packed.device)
     dense[row, column] = values[holds]
-    if not header.group_size:
-        return dense
-    scales = _part(packed, header, "scales").view(torch.float32)[: header.rows * header.groups]
-    return dense.float() * scales.view(header.rows, -1).repeat_interleave(header.group_size, dim=1)
+    return dense

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elsa_kernels import library
+from elsa_kernels.gpu_layout import pack_for_gpu, pack_integers_for_gpu, takes_gpu_layout
 from elsa_kernels.layout import FLOATS, SLICE, VALUE_CODES, Header, Layout, Values
 from elsa_kernels.reading import check
 
@@ -21,7 +22,7 @@ INTEGER_RANGES = {4: (-8, 7), 8: (-128, 127)}
 def pack(
     weight: Tensor, *, values: Values | None = None, group_size: int | None = None, layout: Layout | None = None
 ) -> Tensor:
-    """A dense weight with its zeros left out, as one 1-D uint8 tensor on the CPU.
+    """A dense weight with its zeros left out, as one 1-D uint8 tensor: on the GPU for one there, otherwise on the CPU.
 
     :param weight: (rows, columns), bf16, fp16 or fp32; zeros of either sign are not stored
     :param values: how kept weights are stored; None keeps the weight's dtype. "int8" and "int4" round to the nearest
@@ -29,8 +30,8 @@ def pack(
         is in that dtype's range and kept in fp32 otherwise
     :param group_size: columns that share a scale, for integers only; None means the whole row for "int8" and 128 (or
         the whole row, if that is shorter) for "int4"
-    :param layout: how positions are stored; None chooses what is fast on this machine
-    :raises TypeError: if weight is not 2-D of these dtypes
+    :param layout: how positions are stored on a CPU; None chooses what is fast on this machine
+    :raises TypeError: if weight is not 2-D of these dtypes, or would be kept in fp32 on a GPU
     :raises ValueError: for values that are not known, a group_size with floating point, or a weight that is not finite
         and to be rounded to integers
     """
@@ -38,13 +39,14 @@ def pack(
         raise TypeError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; it must be 2-D, not empty, and {_list(FLOATS)}"
         )
-    weight = weight.detach().cpu()
+    weight = weight.detach()
     if values is None:
         values = _FLOAT_NAMES[weight.dtype]
     if values in FLOATS:
         if group_size is not None:
             raise ValueError(f"group_size is {group_size} for values {values}; only int8 and int4 have scales")
-        return _pack(weight.to(FLOATS[values]), None, values, 0, layout)
+        weight = weight.to(FLOATS[values])
+        return pack_for_gpu(weight) if takes_gpu_layout(weight.device) else _pack(weight.cpu(), None, values, 0, layout)
     if values not in VALUE_CODES:
         raise ValueError(f"values is {values!r}; it must be one of {_list(VALUE_CODES)}")
     columns = weight.shape[1]
@@ -59,11 +61,14 @@ def pack_integers(
 ) -> Tensor:
     """A quantized weight ``w = integers * scales`` with its zeros left out, every integer exactly.
 
+    On a GPU integers of 4 bits take 8, scales are fp32, and groups are halved until a power of two divides the columns.
+
     :param integers: (rows, columns) int8, in [-8, 7] for 4 bits and [-128, 127] for 8
-    :param scales: (rows, groups), bf16, fp16 or fp32, stored in their dtype
+    :param scales: (rows, groups), bf16, fp16 or fp32
     :param bits: 4 or 8
     :param group_size: columns that share a scale; None means columns / groups, rounded up
-    :param layout: how positions are stored; None chooses what is fast on this machine
+    :param layout: how positions are stored on a CPU; None chooses what is fast on this machine
+    :return: 1-D uint8, on the GPU for integers there, otherwise on the CPU
     :raises TypeError: if the tensors have other dtypes
     :raises ValueError: if shapes do not fit or an integer is outside the range
     """
@@ -80,12 +85,23 @@ def pack_integers(
     group_size = -(-columns // groups) if group_size is None else group_size
     if not 1 <= group_size <= columns or -(-columns // group_size) != groups:
         raise ValueError(f"group_size {group_size} makes another number of groups of {columns} columns than {groups}")
-    integers = integers.detach().cpu()
+    integers, scales = integers.detach(), scales.detach()
     low, high = INTEGER_RANGES[bits]
     if int(integers.min()) < low or int(integers.max()) > high:
         found = f"{int(integers.min())} to {int(integers.max())}"
         raise ValueError(f"integers are {found}; {bits} bits hold {low} to {high}")
-    return _pack(integers, scales.detach().cpu(), "int4" if bits == 4 else "int8", group_size, layout)
+    if takes_gpu_layout(integers.device):
+        return pack_integers_for_gpu(integers, _scales_of_gpu(scales, columns, group_size))
+    return _pack(integers.cpu(), scales.cpu(), "int4" if bits == 4 else "int8", group_size, layout)
+
+
+def _scales_of_gpu(scales: Tensor, columns: int, group_size: int) -> Tensor:
+    """The same scales for groups that the layout of GPUs has: all of one size, and that a power of two if several."""
+    if scales.shape[1] == 1:
+        return scales
+    common = math.gcd(group_size, columns)
+    smaller = common & -common
+    return scales.repeat_interleave(group_size // smaller, 1)[:, : columns // smaller]
 
 
 def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size: int = 0) -> Layout:

@@ -1,4 +1,7 @@
-"""Packed tensors back to dense ones, what they hold, and whether they can be trusted. Plain torch, any machine."""
+"""Packed tensors back to dense ones, what they hold, and whether they can be trusted. Plain torch, any machine.
+
+What is called from outside takes the packed weights of GPUs, too, wherever they lie.
+"""
 
 import dataclasses
 from typing import TypeAlias
@@ -7,9 +10,10 @@ import torch
 from torch import Tensor
 
 from elsa_kernels import library
+from elsa_kernels.gpu_layout import is_for_gpu, read_gpu_header, unpack_gpu, unpack_gpu_integers
 from elsa_kernels.layout import FLOATS, REACH, SEGMENT, SLICE, VALUE_NAMES, Header, Layout, read_header
 
-__all__ = ["PackedInfo", "check", "coordinates", "describe", "unpack"]
+__all__ = ["PackedInfo", "check", "coordinates", "describe", "unpack", "unpack_integers"]
 
 Coordinates: TypeAlias = tuple[Tensor, Tensor, Tensor]
 SCALE_DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
@@ -29,7 +33,7 @@ class PackedInfo:
     """Weights stored."""
     nbytes: int
     layout: str
-    """"csr", "bitmask" or "window"."""
+    """"csr", "bitmask" or "window" of CPUs, "gaps" of GPUs."""
 
 
 def describe(packed: Tensor) -> PackedInfo:
@@ -37,10 +41,20 @@ def describe(packed: Tensor) -> PackedInfo:
 
     :raises ValueError: if it is no packed tensor, or cut off
     """
+    if is_for_gpu(packed):
+        return _describe_gpu(packed)
     h = read_header(packed)
     return PackedInfo(
         h.rows, h.columns, VALUE_NAMES[h.values], h.group_size, h.kept, h.nbytes, Layout(h.layout).name.lower()
     )
+
+
+def _describe_gpu(packed: Tensor) -> PackedInfo:
+    h = read_gpu_header(packed)
+    offsets = h.part_offsets()
+    values = packed[offsets["values"] : offsets["scales"]].clone().view(h.dtype)
+    name = next((name for name, dtype in FLOATS.items() if dtype == h.dtype), "int8")
+    return PackedInfo(h.rows, h.columns, name, h.group_size, int(values.count_nonzero()), packed.numel(), "gaps")
 
 
 def check(packed: Tensor) -> None:
@@ -50,6 +64,9 @@ def check(packed: Tensor) -> None:
 
     :raises ValueError: with what is wrong
     """
+    if is_for_gpu(packed):
+        unpack_gpu(packed)
+        return
     h = read_header(packed)
     if (compiled := library.compiled()) is not None:
         compiled.check(packed)
@@ -62,12 +79,14 @@ def check(packed: Tensor) -> None:
 
 
 def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight, (rows, columns).
+    """The dense weight, (rows, columns), on the packed tensor's device.
 
     :param dtype: of the result; None means that of the values, or fp32 for integers, which are multiplied by their
         scale in fp32
     :raises ValueError: if packed is corrupt
     """
+    if is_for_gpu(packed):
+        return unpack_gpu(packed).to(dtype)
     check(packed)
     h = read_header(packed)
     if dtype is None:
@@ -80,6 +99,24 @@ def unpack(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dense = torch.zeros(h.rows, h.columns, dtype=dtype)
     dense[rows, columns] = values.to(dense.dtype)
     return dense
+
+
+def unpack_integers(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers and scales of a quantized weight, as ``pack_integers`` took them, on the packed tensor's device.
+
+    :return: (rows, columns) int8, and (rows, groups) floating point
+    :raises ValueError: if packed is corrupt, or holds floating point
+    """
+    if is_for_gpu(packed):
+        return unpack_gpu_integers(packed)
+    check(packed)
+    h = read_header(packed)
+    if not h.scales:
+        raise ValueError(f"packed has {VALUE_NAMES[h.values]} values; only int8 and int4 come with scales")
+    rows, columns, values = coordinates(packed, h)
+    integers = torch.zeros(h.rows, h.columns, dtype=torch.int8)
+    integers[rows, columns] = values
+    return integers, _scales(packed, h)
 
 
 def coordinates(packed: Tensor, h: Header) -> Coordinates:
