@@ -36,6 +36,7 @@ SETTINGS = RunSettings(
     dual=False,
     objective=TrainingObjective(name="next_token"),
     gradient_release=False,
+    offload_state=False,
     activation_checkpointing=False,
 )
 DEEP = {

@@ -23,5 +23,9 @@ def test_shorter_narrower_and_sparser_runs_get_more():
 
 
 def test_its_scale():
-    assert default_learning_rate(steps=64, width=1000, sparsity=0.9) == pytest.approx(7.5e-4)
+    assert default_learning_rate(steps=64, width=1000, sparsity=0.8) == pytest.approx(7.5e-4)
+    assert default_learning_rate(steps=64, width=1000, sparsity=0.8 + 1e-9) == pytest.approx(7.5e-4)
+    assert default_learning_rate(steps=64, width=1000, sparsity=0.9) == pytest.approx(7.5e-4 * 2 ** (1 / 3))
+    assert default_learning_rate(steps=64, width=1000, sparsity=0.95) == pytest.approx(7.5e-4 * 4 ** (1 / 3))
+    assert default_learning_rate(steps=64, width=1000, sparsity=0.999) == pytest.approx(1.5e-3)
     assert default_learning_rate(steps=64, width=1000, sparsity=0.5) == pytest.approx(3e-4)
