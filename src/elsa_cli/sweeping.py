@@ -1,7 +1,5 @@
 """``elsa sweep``."""
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elsa_cli.output import Dtype, errors_in_words, plain
+from elsa_cli.output import Dtype, errors_in_words, logs_to_stderr, plain
 
 if TYPE_CHECKING:
     from elsa_modifier.sweeping.record import Sweep
@@ -57,8 +55,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Prune a model at several sparsities, judge each, draw perplexity against sparsity. Run again, it goes on."""
-    # llm-compressor logs to stdout, where the table is to be alone.
-    with errors_in_words(), redirect_stdout(sys.stderr):
+    with errors_in_words(), logs_to_stderr():
         from elsa_modifier.evaluating.tasks import TaskSettings
         from elsa_modifier.sweeping.checking import parse_sparsities
         from elsa_modifier.sweeping.command import SweepSettings

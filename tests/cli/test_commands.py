@@ -10,8 +10,8 @@ from tests.sparse.strategies import same_bits
 from tests.sparse.test_writing import OLD_FORMAT, assert_same_tensors
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120"})
+def run(*arguments, code=0, columns=120):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns)})
     assert result.exit_code == code, result.output
     return result
 
@@ -24,6 +24,10 @@ def test_pack_inspect_unpack(pruned, tmp_path):
     table = run("inspect", tmp_path / "sparse").output
     assert "model.layers.1" in table and "total" in table and "coded" in table
     assert "model.layers.1.mlp.down_proj.weight" in run("inspect", tmp_path / "sparse", "--tensors", "--verify").output
+
+
+def test_inspect_fits_a_narrow_terminal(sparse):
+    assert "│ model.layers.1" in run("inspect", sparse(), columns=80).stdout
 
 
 @pytest.mark.parametrize("encoding", ["coded", "bitmask"])

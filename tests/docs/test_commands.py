@@ -55,7 +55,8 @@ def workplace(checkpoint, pruned, texts, tmp_path_factory):
     for name in ("out-sparse", "out-80", "out-90", "pruned", "my-model-sparse", "pruned-50", "pruned-80", "pruned-90"):
         run("pack", place / "out", place / name)
     text = " ".join(2 * list(texts["text"]))
-    (place / "texts.txt").write_text(text)
+    for name in ("texts.txt", "unseen.txt"):
+        (place / name).write_text(text)
     for name in ("texts", "my-texts"):
         (place / name).mkdir()
         (place / name / "a.txt").write_text(text)

@@ -28,7 +28,7 @@ def by_hand(directory, task, *, limit=None, dtype="auto"):
 
 
 @pytest.mark.parametrize("limit", [None, 10])
-def test_the_last_digit(limit, outputs, task):
+def test_the_last_digit(limit, outputs, task, caplog):
     _, dense, sparse = outputs
     arguments = ["--no-perplexity", "--tasks", "next_word", "--include-path", task, "--device", "cpu", "--json", "-"]
     arguments += [] if limit is None else ["--limit", limit]
@@ -41,6 +41,7 @@ def test_the_last_digit(limit, outputs, task):
         assert {(r["task"], r["limit"], r["samples"], r["fewshot"]) for r in results} == {
             ("next_word", limit, limit or 24, 0)
         }
+    assert "already-initialized" not in caplog.text
     assert 0 < expected["acc,none"] < 1
 
 

@@ -33,7 +33,9 @@ onload = () => {
     const own = text.getBoundingClientRect(), frame = text.closest("svg").getBoundingClientRect();
     return own.left < frame.left - 1 || own.right > frame.right + 1 || own.bottom > frame.bottom + 1;
   }).map(text => text.textContent);
+  const scrolled = [...page.querySelectorAll(".scroll, pre")].filter(box => box.scrollWidth > box.clientWidth);
   document.title = JSON.stringify({
+    scrolled: scrolled.map(box => box.closest("section").querySelector("h2").textContent),
     width: root.clientWidth, scroll: root.scrollWidth, texts: texts.length, smallest: Math.min(...texts),
     right: Math.max(...boxes.map(box => box.right)), empty: boxes.filter(box => !box.height).length, cut: inside,
   });
@@ -68,7 +70,7 @@ def test_nothing_is_cut_off_or_too_small(width, page, tmp_path):
     found = json.loads(unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
     assert width - 20 <= found["width"] <= width and found["scroll"] == found["width"] >= found["right"]
     assert found["texts"] > 50 and found["smallest"] >= 12 and found["empty"] == 0
-    assert found["cut"] == []
+    assert found["cut"] == [] and not {"Size", "Speed", "Serve it"} & set(found["scrolled"])
 
 
 def test_it_prints(page, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from elsa_modifier.reporting.command import run
 from elsa_modifier.reporting.drawing import SERIES
+from elsa_modifier.reporting.words import often
 from tests.cli.test_commands import run as command
 from tests.reporting.conftest import BENCH, EVALUATION
 
@@ -87,14 +88,25 @@ def test_it_says_what_the_files_say(full):
         "arc_easy, acc,none 0.410 ± 0.010",
         "Of each task the first 200 questions",
         "decode, 1 at a time 40.0 80.0 2.00 1.90 - 2.20",
+        "on 1 thread, kernels avx2; medians of 2 rounds.",
         "steps 12, ",
         "ELSAModifier:",
         "vllm serve",
     ):
         assert said in page.text
     summary = json.loads((directory / "elsa_prune.json").read_text())
-    assert summary["data"] in page.text and f"gone over {summary['epochs']:.3g} times" in page.text
+    assert summary["data"] in page.text and f"gone over {often(summary['epochs'])}" in page.text
     assert page.text.count("Not here:") == 1 + ("in memory, compressed" not in page.text)  # other sparsities
+
+
+def test_how_often():
+    assert [often(times) for times in (0.125, 0.9999, 1, 1.5, 12)] == [
+        "0.125 times",
+        "once",
+        "once",
+        "1.5 times",
+        "12 times",
+    ]
 
 
 def test_what_is_missing_is_left_out_and_named(pruned_run):

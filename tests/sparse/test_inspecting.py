@@ -151,10 +151,10 @@ def test_the_table_names_its_columns_and_rows(pruned):
         "layer",
         "stored as",
         "sparsity",
-        "dense MB",
-        "stored MB",
+        "dense",
+        "stored",
         "ratio",
-        "memory MB",
+        "memory",
     ]
     total = summarize("total", inspect(pruned(), progress=False))
     megabytes = f"{total.dense_bytes / 1e6:,.2f}"

@@ -99,7 +99,7 @@ def test_the_second_time_nothing_is_tokenized(book, tokenizer, cache, tokenized)
     again = windows_of(str(book.parent), tokenizer, length=16, most=7)
     logger.remove(handler)
     assert len(tokenized) == 1 and torch.equal(again, first[:7])
-    assert "961 tokens in 1 documents; 60 windows of 16, kept in" in said[0] and ", from " in said[1]
+    assert "961 tokens in 1 document; 60 windows of 16, kept in" in said[0] and ", from " in said[1]
     [file] = cache.iterdir()
     assert read_windows(file, length=16)[1] == {"documents": "1", "tokens": "961", "complete": "true"}
 

@@ -1,6 +1,7 @@
 """Tasks of lm-eval, zero-shot and others, with their standard errors. lm-eval is imported when it is asked for."""
 
 import importlib.metadata
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,14 @@ def check_tasks(settings: TaskSettings) -> None:
 
 def on_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Any:
     """A model as lm-eval's ``--model hf`` has it."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM, eval_logger
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    level = eval_logger.level
+    eval_logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        eval_logger.setLevel(level)
 
 
 def on_server(address: str, name: str, tokenizer: str, *, length: int | None, batch_size: int) -> Any:

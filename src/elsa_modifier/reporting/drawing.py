@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LINES", "SERIES", "Canvas", "Drawing", "canvas"]
+__all__ = ["INK", "LINES", "PAPER", "SERIES", "Canvas", "Drawing", "canvas"]
 
 # Okabe and Ito's, those with a contrast of 3:1 and more to white first; told apart by dashes and markers as well.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
-_INK, _GRID = "#1a1b1c", "#d4d5d6"
+INK, PAPER, _GRID = "#1a1b1c", "#ffffff", "#d4d5d6"
 _WIDTH = 350  # px; a phone's 390 less the margins of the page
 _PX = 1 / 96  # inches
 _STYLE = {
@@ -25,11 +25,11 @@ _STYLE = {
     "xtick.labelsize": 9.5,
     "ytick.labelsize": 9.5,
     "legend.fontsize": 9.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "grid.color": _GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -93,7 +93,7 @@ def canvas(name: str, title: str, caption: str, *, height: int = 230) -> Iterato
         figure.set_layout_engine("none")
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True)
-        figure.savefig(png, format="png", dpi=2 / _PX, facecolor="white", metadata={"Software": None})
+        figure.savefig(png, format="png", dpi=2 / _PX, facecolor=PAPER, metadata={"Software": None})
     drawn.drawing = Drawing(name, title, caption, _for_a_page(svg.getvalue(), name), png.getvalue())
 
 
@@ -107,7 +107,7 @@ def _for_a_page(svg: str, name: str) -> str:
     # As wide as there is room.
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img" aria-hidden="true"', svg, count=1)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    svg = svg.replace(INK, "currentColor").replace(PAPER, "var(--paper)").replace(_GRID, "var(--grid)")
     for number, color in enumerate(SERIES, 1):
         svg = svg.replace(color, f"var(--series-{number})")
     return svg

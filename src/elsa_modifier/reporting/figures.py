@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elsa_modifier.admm.constraint import SparsitySchedule
-from elsa_modifier.reporting.drawing import LINES, SERIES, Canvas, Drawing, canvas
+from elsa_modifier.reporting.drawing import INK, LINES, PAPER, SERIES, Canvas, Drawing, canvas
 from elsa_modifier.reporting.facts import Facts
 from elsa_modifier.reporting.words import bytes_in_words
 
@@ -217,8 +217,7 @@ def draw_speed(speeds: Sequence[Mapping[str, Any]]) -> Drawing:
     caption += "; ".join(f"{name} {label}" for name, _, label in rows) + "."
     with canvas("speed", "Speed", caption, height=80 + 38 * len(rows)) as drawn:
         spans = [(float(speed["slowest"]), float(speed["fastest"])) for speed in speeds]
-        _bars(drawn, rows, "times dense", spans=spans)
-        drawn.axes.axvline(1, color=SERIES[1], linestyle="--", linewidth=1.4)
+        _bars(drawn, rows, "times dense", spans=spans, mark=1)
     return drawn.drawing
 
 
@@ -277,17 +276,23 @@ def _bars(
     rows: Sequence[tuple[str, float, str]],
     label: str,
     spans: Sequence[tuple[float, float]] | None = None,
+    mark: float = 0.0,
 ) -> None:
-    """Bars across, each with its name above and its value at its end."""
+    """Bars across, each with its name above and its value at its end.
+
+    :param spans: lines under the bars
+    :param mark: a line across each bar, if not 0
+    """
     axes, largest = drawn.axes, max(value for _, value, _ in rows) or 1.0
     for i, (name, value, said) in enumerate(rows):
-        error = None
-        if spans is not None:
-            error = [[max(0.0, value - spans[i][0])], [max(0.0, spans[i][1] - value)]]
-        axes.barh(i, value, height=0.42, color=SERIES[0], xerr=error, error_kw={"ecolor": SERIES[1], "capsize": 3})
+        axes.barh(i, value, height=0.42, color=SERIES[0])
         axes.annotate(_short(name, 48), (0, i - 0.25), xytext=(0, 1), textcoords="offset points", va="bottom")
-        end = max(value, spans[i][1] if spans is not None else value)
-        axes.annotate(said, (end, i), xytext=(4, 0), textcoords="offset points", va="center")
+        if spans is not None:
+            axes.plot(spans[i], (i + 0.29, i + 0.29), color=INK, linewidth=1.4, marker="|", markersize=4)
+        if mark:
+            # Not through the names, which stand between the bars.
+            axes.plot((mark, mark), (i - 0.21, i + 0.21), color=SERIES[1] if value < mark else PAPER, linewidth=1.6)
+        axes.annotate(said, (max(value, mark), i), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set(xlabel=label, yticks=[], ylim=(len(rows) - 0.6, -0.75), xlim=(0, 1.2 * largest))
     if spans is not None:
         axes.set_xlim(0, 1.2 * max(largest, *(fastest for _, fastest in spans)))

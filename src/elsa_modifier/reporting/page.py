@@ -17,7 +17,7 @@ from elsa_modifier.reporting.figures import (
     draw_speed,
     draw_zero_shot,
 )
-from elsa_modifier.reporting.words import bytes_in_words, duration, number, percent, shell
+from elsa_modifier.reporting.words import bytes_in_words, counted, duration, number, often, percent, shell
 from elsa_sparse.errors import printable
 from elsa_sparse.sources import BENCH_FILE
 
@@ -115,7 +115,7 @@ def _done(facts: Facts) -> Section:
     rows = section.rows
     if summary is not None:
         rows += [(name, printable(value, 200)) for name, value in _given(summary) if value]
-        rows.append(("tokens of the text", f"{summary.training_tokens:,}, gone over {summary.epochs:.3g} times"))
+        rows.append(("tokens of the text", f"{summary.training_tokens:,}, gone over {often(summary.epochs)}"))
     if steps:
         rows.append(("steps", f"{len(steps):,}, {facts.tokens:,} tokens"))
         rows.append(("time of all steps", duration(float(steps[-1].get("seconds", 0)))))
@@ -125,7 +125,7 @@ def _done(facts: Facts) -> Section:
             memory += f"; on the accelerator {bytes_in_words(summary.device_memory)}"
         rows.append(("most memory", memory))
     if facts.unreached:
-        rows.append(("left dense, as no text reached them", f"{len(facts.unreached):,} modules"))
+        rows.append(("left dense, as no text reached them", counted(f"{len(facts.unreached):,}", "module")))
     changed = [(name, _value(value)) for name, value in facts.fields.items() if name in _SHOWN]
     section.rows += changed
     if facts.recipe is not None:
@@ -261,9 +261,11 @@ def _speed(facts: Facts) -> Section:
         spread = f"{speed['slowest']:.2f} - {speed['fastest']:.2f}"
         row = (what, f"{speed['dense']:,.1f}", f"{speed['compressed']:,.1f}", f"{speed['ratio']:.2f}", spread)
         section.rows.append(row)
+    threads = counted(printable(bench.get("threads"), 20), "thread")
+    rounds = counted(printable(bench.get("rounds"), 20), "round")
     section.text.append(
-        f"By elsa bench in {printable(bench.get('dtype'), 20)} on {printable(bench.get('threads'), 20)} threads, "
-        f"kernels {printable(bench.get('backend'), 40)}; medians of {printable(bench.get('rounds'), 20)} rounds."
+        f"By elsa bench in {printable(bench.get('dtype'), 20)} on {threads}, "
+        f"kernels {printable(bench.get('backend'), 40)}; medians of {rounds}."
     )
     return section
 

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-__all__ = ["bytes_in_words", "duration", "number", "percent", "shell"]
+__all__ = ["bytes_in_words", "counted", "duration", "number", "often", "percent", "shell"]
 
 
 def number(value: float) -> str:
@@ -19,6 +19,17 @@ def percent(fraction: float) -> str:
 def bytes_in_words(count: int) -> str:
     """A size in MB or GB: 10^6 or 10^9 bytes."""
     return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
+
+
+def counted(count: str, what: str) -> str:
+    """How many there are of something."""
+    return f"{count} {what}" + ("" if count == "1" else "s")
+
+
+def often(times: float) -> str:
+    """How often something was done."""
+    said = f"{times:.3g}"
+    return "once" if said == "1" else f"{said} times"
 
 
 def duration(seconds: float) -> str:

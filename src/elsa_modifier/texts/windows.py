@@ -182,7 +182,8 @@ def _from_cache(file: Path, *, length: int, most: int) -> tuple[Tensor, dict[str
 
 
 def _tell(source: str, windows: Tensor, about: dict[str, str], where: str) -> None:
-    count = f"{int(about['tokens']):,} tokens in {int(about['documents']):,} documents"
+    documents = int(about["documents"])
+    count = f"{int(about['tokens']):,} tokens in {documents:,} document{'' if documents == 1 else 's'}"
     read = count if about["complete"] == "true" else f"{count} (as much as the run uses)"
     logger.info(f"{source}: {read}; {len(windows):,} windows of {windows.shape[1]:,}{where}.")
 
