@@ -122,9 +122,10 @@ def _perplexities(rows: list[Row]) -> str:
     texts = []
     for title in _titles(rows[0]):
         values = [row[title] for row in rows]
-        spread = f" ± {(max(values) - min(values)) / 2:,.1f}" if len(values) > 1 else ""
         mean = sum(values) / len(values)
-        texts.append(f"{mean:,.2f}{spread}" if mean < 10 else f"{mean:,.1f}{spread}")
+        digits = 2 if mean < 30 else 1
+        spread = f" ± {(max(values) - min(values)) / 2:,.{digits}f}" if len(values) > 1 else ""
+        texts.append(f"{mean:,.{digits}f}{spread}")
     return " / ".join(texts)
 
 
