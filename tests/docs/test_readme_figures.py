@@ -43,6 +43,14 @@ def test_perplexities_are_those_of_the_page():
             assert row[column] == found[METHODS.get(row[0], row[0])], (row[0], sparsity)
 
 
+def test_speeds_are_those_of_the_page():
+    header, *rows = list(tables(section((ROOT / "README.md").read_text(), "How good")))[1]
+    titles, *measured_rows = next(tables(section((RESULTS / "serve_sparse.md").read_text(), "LLaMA-7B's layers")))
+    found = {row[0]: dict(zip(titles, row, strict=True)) for row in measured_rows if row[1] == "bf16"}
+    assert [row[0] for row in rows] == [*found]
+    assert all(row == [found[row[0]][title] for title in header] for row in rows)
+
+
 @pytest.mark.parametrize("digits", ["149.9", "65,536", "307,200", "35.2", "4.72"])
 def test_numbers_in_its_text_stand_in_the_page(digits):
     assert digits in section((ROOT / "README.md").read_text(), "How good")
