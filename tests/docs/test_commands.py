@@ -19,6 +19,7 @@ from tests.docs.pages import ROOT, blocks, commands, inline_commands
 # The start of an `elsa` command, and why it is only parsed.
 NOT_RUN = {
     "plan tests/planning/configs/gemma-2-27b": "tests/planning/test_planner.py compares it with docs/planning.md",
+    "plan tests/planning/configs/llama-2-": "the same, and it does not fit: status 1",
     "plan google/gemma-2-2b": "its configuration is on the hub",
     "eval out --tasks paper": "its questions are on the hub; tests/evaluating/test_lm_eval.py runs a task",
     "eval out --dense my-model --tasks paper": "the same",
