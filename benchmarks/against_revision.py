@@ -14,15 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.measuring import ROOT, publish
+from benchmarks.measuring import ROOT, publish, timed
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight, SharedBudget
 from elsa_modifier.admm.selection import largest_mask
 from elsa_modifier.training.base_optimizer import build_base_optimizer
@@ -79,12 +77,6 @@ def _bits(options: dict[str, Any], seed: int) -> str:
     return found.hexdigest()[:16]
 
 
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def serve() -> None:
     """Answer requests, a line of JSON each, on standard input: what a process of either revision does."""
     optimizer: ADMMOptimizer | None = None
@@ -100,10 +92,10 @@ def serve() -> None:
         elif what == "bits":
             answer = _bits(_CONFIGURATIONS[name], seed)
         elif what == "selection":
-            answer = _timed(lambda: largest_mask(scores, _SELECTED // 5))
+            answer = timed(lambda: largest_mask(scores, _SELECTED // 5))
         else:
             assert optimizer is not None
-            answer = _timed(optimizer.step if what == "step" else optimizer.project)
+            answer = timed(optimizer.step if what == "step" else optimizer.project)
         print(_ANSWER + json.dumps(answer), flush=True)
 
 

@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -23,19 +22,13 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from benchmarks.measuring import publish
+from benchmarks.measuring import publish, timed
 from benchmarks.pruned import pruned_directory
 from elsa_sparse import open_checkpoint, save_sparse
 from elsa_sparse.coded import encode_coded
 from elsa_sparse.entry import Encoding
 
 SPARSITIES = (0.5, 0.7, 0.9, 0.95)
-
-
-def _timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def _linears(source: Path, target: Path) -> Path:
@@ -55,13 +48,13 @@ def _stored(directory: Path) -> int:
 
 def _sparse(source: Path, out: Path, encoding: Encoding) -> tuple[int, float, float]:
     """Bytes, seconds to write (each tensor checked), seconds to read (each tensor verified)."""
-    write = _timed(lambda: save_sparse(source, out, encoding=encoding, progress=False))
+    write = timed(lambda: save_sparse(source, out, encoding=encoding, progress=False))
 
     def read() -> None:
         with open_checkpoint(out) as checkpoint:
             checkpoint.verify()
 
-    return _stored(out), write, _timed(read)
+    return _stored(out), write, timed(read)
 
 
 def _general(
@@ -69,8 +62,8 @@ def _general(
 ) -> tuple[int, float, float]:
     """The same of a compressor of files."""
     file = source / "model.safetensors"
-    write = _timed(lambda: out.write_bytes(compress(file.read_bytes())))
-    read = _timed(lambda: decompress(out.read_bytes()))
+    write = timed(lambda: out.write_bytes(compress(file.read_bytes())))
+    read = timed(lambda: decompress(out.read_bytes()))
     return out.stat().st_size, write, read
 
 

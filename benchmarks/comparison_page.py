@@ -8,7 +8,7 @@ from benchmarks.measuring import ROOT, publish
 from benchmarks.methods import METHODS
 from benchmarks.models import MODELS, BenchmarkModel
 
-__all__ = ["best_rows", "write_page"]
+__all__ = ["best_rows", "in_order", "percent", "steps_of", "write_page"]
 
 Row = dict[str, Any]
 _COLUMNS = ("model", "method", "sparsity", "lr", "seed", "steps", "minutes", "zeros")
@@ -42,14 +42,14 @@ def write_page(rows: list[Row]) -> None:
     models = [model for model in MODELS.values() if any(row["model"] == model.name for row in rows)]
     for model in models:
         own = [row for row in rows if row["model"] == model.name]
-        lines += _tables(model, [row for row in own if _steps(row) == model.steps])
+        lines += _tables(model, [row for row in own if steps_of(row) == model.steps])
         lines += _lengths(model, own)
     publish("compare_methods", lines)
     _draw(models, rows)
 
 
 def _tables(model: BenchmarkModel, rows: list[Row]) -> list[str]:
-    sparsities = sorted({row["sparsity"] for row in rows} - {0.0}, key=lambda s: (isinstance(s, str), s))
+    sparsities = in_order({row["sparsity"] for row in rows} - {0.0})
     dense = [row for row in rows if row["method"] == "dense"][-1]
     methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
     tokens = model.calibration_samples * model.sequence_length
@@ -61,7 +61,7 @@ def _tables(model: BenchmarkModel, rows: list[Row]) -> list[str]:
         f"{model.calibration_samples} calibration samples. Perplexity on {' / '.join(_titles(dense))}; dense "
         f"{_perplexities([dense])}.",
         "",
-        "| method | " + " | ".join(map(_percent, sparsities)) + " |",
+        "| method | " + " | ".join(map(percent, sparsities)) + " |",
         "|---" * (len(sparsities) + 1) + "|",
     ]
     tuned = []
@@ -71,7 +71,7 @@ def _tables(model: BenchmarkModel, rows: list[Row]) -> list[str]:
             here = [row for row in rows if (row["method"], row["sparsity"]) == (method, sparsity)]
             cells.append(_cell(here) if here else "")
             if here and METHODS[method].tuned:
-                tuned.append(f"| {method} | {_percent(sparsity)} | {_tried(here)} |")
+                tuned.append(f"| {method} | {percent(sparsity)} | {_tried(here)} |")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     if tuned:
         lines += ["", "| method | sparsity | learning rate: perplexity |", "|---|---|---|", *tuned]
@@ -81,22 +81,23 @@ def _tables(model: BenchmarkModel, rows: list[Row]) -> list[str]:
 def _lengths(model: BenchmarkModel, rows: list[Row]) -> list[str]:
     """Perplexity against the tokens of a run, for the sparsities that there are runs of other lengths at."""
     lines = []
-    longer = {row["sparsity"] for row in rows if _steps(row) != model.steps} - {0.0}
-    for sparsity in sorted(longer, key=lambda s: (isinstance(s, str), s)):
+    longer = {row["sparsity"] for row in rows if steps_of(row) != model.steps} - {0.0}
+    for sparsity in in_order(longer):
         here = [row for row in rows if row["sparsity"] == sparsity]
-        lengths = sorted({_steps(row) for row in here})
+        lengths = sorted({steps_of(row) for row in here})
         tokens = [f"{steps * model.batch_size * model.sequence_length:,}" for steps in lengths]
-        lines += ["", f"{model.title}, {_percent(sparsity)}, by the tokens of a run:", ""]
+        lines += ["", f"{model.title}, {percent(sparsity)}, by the tokens of a run:", ""]
         lines += ["| method | " + " | ".join(tokens) + " |", "|---" * (len(lengths) + 1) + "|"]
         for method in METHODS:
-            of_method = [[r for r in here if r["method"] == method and _steps(r) == steps] for steps in lengths]
+            of_method = [[r for r in here if r["method"] == method and steps_of(r) == steps] for steps in lengths]
             # A method of one length only has no place in a table of lengths.
             if sum(map(bool, of_method)) > 1:
                 lines.append(f"| {method} | " + " | ".join(_cell(own) if own else "" for own in of_method) + " |")
     return lines
 
 
-def _steps(row: Row) -> int:
+def steps_of(row: Row) -> int:
+    """Of the run that a row is of."""
     steps: int = row.get("steps", MODELS[row["model"]].steps)
     return steps
 
@@ -137,7 +138,13 @@ def _badness(row: Row) -> float:
     return sum(math.log(row[title]) for title in _titles(row))
 
 
-def _percent(sparsity: float | str) -> str:
+def in_order(sparsities: Iterable[float | str]) -> list[float | str]:
+    """Fractions, then structures."""
+    return sorted(sparsities, key=lambda s: (isinstance(s, str), s))
+
+
+def percent(sparsity: float | str) -> str:
+    """A sparsity as pages write it."""
     return sparsity if isinstance(sparsity, str) else f"{sparsity:.0%}"
 
 
@@ -153,7 +160,7 @@ def _draw(models: list[BenchmarkModel], rows: list[Row]) -> None:
         1, len(models), figsize=(5 * len(models), 4.5), layout="constrained", squeeze=False
     )
     for axes, model in zip(panels[0], models, strict=True):
-        own = [row for row in rows if row["model"] == model.name and _steps(row) == model.steps]
+        own = [row for row in rows if row["model"] == model.name and steps_of(row) == model.steps]
         dense = [row for row in own if row["method"] == "dense"][-1]
         title = _titles(dense)[0]
         for number, name in enumerate(METHODS):

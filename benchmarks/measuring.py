@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ from benchmarks.magnitude import linear_sparsity, prune_by_magnitude_
 from benchmarks.models import SMOLLM2, BenchmarkModel
 from elsa_modifier.evaluation import perplexity
 
-__all__ = ["BUDGET", "LENGTH", "MALLOC", "ROOT", "Results", "append_row", "measure", "publish", "read_rows", "resident"]
+__all__ = [
+    "BUDGET",
+    "LENGTH",
+    "MALLOC",
+    "ROOT",
+    "Results",
+    "append_row",
+    "measure",
+    "publish",
+    "read_rows",
+    "resident",
+    "timed",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 # SmolLM2's, which is all that most benchmarks look at.
@@ -86,6 +99,13 @@ def resident(field: str) -> int:
     """Bytes of this process's memory: what it holds now (``VmRSS``), or has held at most (``VmHWM``)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that a piece of work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def publish(name: str, lines: list[str]) -> None:

@@ -8,11 +8,11 @@ leaves empty what they have not. Zero-shot rows are those of the dense model and
 
 from typing import Any
 
-from benchmarks.comparison_page import best_rows
+from benchmarks.comparison_page import best_rows, in_order, percent, steps_of
 from benchmarks.measuring import publish, read_rows
 from benchmarks.methods import METHODS
 from benchmarks.models import SMOLLM2
-from benchmarks.zero_shot import TASKS
+from benchmarks.zero_shot import TASKS, accuracies
 
 Row = dict[str, Any]
 _TEXTS = ("Wikipedia", "C4")
@@ -25,9 +25,10 @@ def page(compared: list[Row], zero_shot: list[Row], *, dense_directory: str) -> 
     :param zero_shot: rows of ``zero_shot``, of which those with the most questions count
     :param dense_directory: what the dense model is called there
     """
-    own = [r for r in compared if r["model"] == SMOLLM2.name and r.get("steps", SMOLLM2.steps) == SMOLLM2.steps]
+    own = [row for row in compared if row["model"] == SMOLLM2.name and steps_of(row) == SMOLLM2.steps]
     questions = max((row["limit"] for row in zero_shot), default=0)
     accuracy = {(row["directory"], row["task"]): row for row in zero_shot if row["limit"] == questions}
+    columns = ["sparsity", "method", *_TEXTS, *(title for title, _ in TASKS.values()), "mean"]
     lines = [
         "# SmolLM2-135M as the paper has its models",
         "",
@@ -38,11 +39,10 @@ def page(compared: list[Row], zero_shot: list[Row], *, dense_directory: str) -> 
         "`python -m benchmarks.paper_tables` prints and writes this, from the rows of "
         "[compare_methods.md](compare_methods.md) and `benchmarks.zero_shot`.",
         "",
-        f"| sparsity | method | {' | '.join(_TEXTS)} | {' | '.join(title for title, _ in TASKS.values())} | mean |",
-        "|---" * (4 + len(_TEXTS) - 1 + len(TASKS)) + "|",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
     ]
-    sparsities = sorted({row["sparsity"] for row in own}, key=lambda s: (isinstance(s, str), s))
-    for sparsity in sparsities:
+    for sparsity in in_order({row["sparsity"] for row in own}):
         for method in ["dense", *METHODS]:
             rows = [row for row in own if (row["method"], row["sparsity"]) == (method, sparsity)]
             if not rows:
@@ -50,23 +50,16 @@ def page(compared: list[Row], zero_shot: list[Row], *, dense_directory: str) -> 
             directory = dense_directory if method == "dense" else None
             if method == "ELSA" and isinstance(sparsity, float):
                 directory = f"elsa-{round(100 * sparsity)}-{SMOLLM2.steps}"
-            name = sparsity if isinstance(sparsity, str) else f"{sparsity:.0%}"
             best = best_rows(rows)
             texts = [f"{sum(row[text] for row in best) / len(best):,.1f}" for text in _TEXTS]
-            cells = [name, method, *texts, *_accuracies([accuracy.get((directory, task)) for task in TASKS])]
+            cells = [
+                percent(sparsity),
+                method,
+                *texts,
+                *accuracies([accuracy.get((directory, task)) for task in TASKS]),
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _accuracies(found: list[Row | None]) -> list[str]:
-    """A cell for each task, and their mean if all are there."""
-    cells = [f"{100 * r['accuracy']:.1f} ± {100 * r['error']:.1f}" if r else "" for r in found]
-    known = [r for r in found if r]
-    if len(known) < len(found):
-        return [*cells, ""]
-    mean = sum(r["accuracy"] for r in known) / len(known)
-    error = sum(r["error"] ** 2 for r in known) ** 0.5 / len(known)
-    return [*cells, f"{100 * mean:.1f} ± {100 * error:.1f}"]
 
 
 if __name__ == "__main__":

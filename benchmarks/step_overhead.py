@@ -9,8 +9,6 @@ a step, so the ratio does. Medians, in seconds.
 import argparse
 import functools
 import statistics
-import time
-from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -19,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.assets import model_directory
 from benchmarks.magnitude import pruned_linears
-from benchmarks.measuring import publish
+from benchmarks.measuring import publish, timed
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.admm.penalty import PenaltyForm
 from elsa_modifier.admm.storage import StateDtype
@@ -38,12 +36,6 @@ CONFIGURATIONS: list[tuple[str, torch.dtype, OptimizerName, list[Variant]]] = [
     ("fp32 weights, torch's fused Adam", torch.float32, "adam", FORMATS + FORMS),
     ("bf16 weights, adam8bit_sr (ELSA-L)", torch.bfloat16, "adam8bit_sr", FORMATS),
 ]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def measure(
@@ -70,7 +62,7 @@ def measure(
     plain.step()
     base.step()
     passes = [
-        statistics.median(_timed(functools.partial(forward_backward, length)) for _ in range(repeats))
+        statistics.median(timed(functools.partial(forward_backward, length)) for _ in range(repeats))
         for length in LENGTHS
     ]
     lines = [
@@ -100,9 +92,9 @@ def measure(
         optimizer.step()  # the update after the first step
         alone, step, update = [], [], []
         for _ in range(repeats):
-            alone.append(_timed(plain.step))
-            step.append(_timed(optimizer.step))
-            update.append(_timed(optimizer.project))
+            alone.append(timed(plain.step))
+            step.append(timed(optimizer.step))
+            update.append(timed(optimizer.project))
         a, s, u = map(statistics.median, (alone, step, update))
         cells = [
             form,

@@ -80,15 +80,19 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
         "|---" * (len(TASKS) + 3) + "|",
     ]
     for directory, limit in dict.fromkeys((row["directory"], row["limit"]) for row in rows):
-        found = [latest.get((directory, limit, task)) for task in TASKS]
-        cells = [f"{100 * r['accuracy']:.1f} ± {100 * r['error']:.1f}" if r else "" for r in found]
-        known = [r for r in found if r]
-        mean = ""
-        if len(known) == len(TASKS):
-            error = sum(r["error"] ** 2 for r in known) ** 0.5 / len(known)
-            mean = f"{100 * sum(r['accuracy'] for r in known) / len(known):.1f} ± {100 * error:.1f}"
-        lines.append(f"| {directory} | {limit} | " + " | ".join(cells) + f" | {mean} |")
+        cells = accuracies([latest.get((directory, limit, task)) for task in TASKS])
+        lines.append(f"| {directory} | {limit} | " + " | ".join(cells) + " |")
     return lines
+
+
+def accuracies(found: list[dict[str, Any] | None]) -> list[str]:
+    """A cell for the row of each task, empty where there is none, and one for their mean if all are there."""
+    cells = [f"{100 * r['accuracy']:.1f} ± {100 * r['error']:.1f}" if r else "" for r in found]
+    known = [r for r in found if r]
+    if len(known) < len(found):
+        return [*cells, ""]
+    error = sum(r["error"] ** 2 for r in known) ** 0.5 / len(known)
+    return [*cells, f"{100 * sum(r['accuracy'] for r in known) / len(known):.1f} ± {100 * error:.1f}"]
 
 
 def main() -> None:

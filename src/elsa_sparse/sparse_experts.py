@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, kernels
-from elsa_sparse.sparse_linear import moved_weights, narrowest, target_device
+from elsa_sparse.sparse_linear import kept_dtype, moved_weights, target_device
 
 __all__ = ["PackedExperts", "holds_experts", "pack_experts"]
 
@@ -125,10 +125,8 @@ def pack_experts(
     :return: 1-D uint8 of each, or None if they should stay dense. Other arguments are those of
         :func:`~elsa_sparse.sparse_linear.pack_weight`
     """
-    dtype = narrowest(weight)
+    dtype = kept_dtype(weight, values)
     if dtype is None or not weight.numel() or int(weight.count_nonzero()) > (1 - min_sparsity) * weight.numel():
-        return None
-    if values is None and dtype == torch.float32 and kernels().takes_gpu_layout(weight.device):
         return None
     packed = [kernels().pack(matrix.to(dtype), values=values, group_size=group_size) for matrix in weight]
     return packed if sum(matrix.numel() for matrix in packed) < weight.numel() * dtype.itemsize else None

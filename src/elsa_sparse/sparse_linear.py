@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from elsa_sparse.compression_rule import DEFAULT_MIN_SPARSITY, FLOATS, kernels, packed_size
 
-__all__ = ["SparseLinear", "moved_weights", "narrowest", "pack_weight", "target_device"]
+__all__ = ["SparseLinear", "kept_dtype", "moved_weights", "pack_weight", "target_device"]
 
 
 class SparseLinear(nn.Module):
@@ -165,14 +165,14 @@ def pack_weight(
     :param group_size: columns that share a scale, of integers; None for what ``elsa_kernels.pack`` takes by itself
     :return: 1-D uint8, or None if the weight should stay dense
     """
-    dtype = narrowest(weight)
+    dtype = kept_dtype(weight, values)
     if dtype is None:
         return None
     rows, columns = weight.shape
     kept = int(torch.count_nonzero(weight))
     packed: Tensor
     if kernels().takes_gpu_layout(weight.device):
-        if kept > (1 - min_sparsity) * weight.numel() or (values is None and dtype == torch.float32):
+        if kept > (1 - min_sparsity) * weight.numel():
             return None
         packed = kernels().pack(weight.to(dtype), values=values, group_size=group_size)
         return packed if packed.numel() < weight.numel() * dtype.itemsize else None
@@ -183,11 +183,15 @@ def pack_weight(
     return packed
 
 
-def narrowest(weight: Tensor) -> torch.dtype | None:
-    """The dtype to keep a weight's values in, or None if there is none for it.
+def kept_dtype(weight: Tensor, values: str | None) -> torch.dtype | None:
+    """The dtype to keep a weight's values in where it is, or None if there is none for it.
 
-    A bf16 checkpoint that is read as fp32 is kept in bf16, which holds all of it.
+    A bf16 checkpoint that is read as fp32 is kept in bf16, which holds all of it. What needs fp32 is kept on a CPU.
+
+    :param values: what they are rounded to; None keeps them equal
     """
     if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
         return torch.bfloat16
+    if values is None and weight.dtype == torch.float32 and kernels().takes_gpu_layout(weight.device):
+        return None
     return weight.dtype if weight.dtype in FLOATS else None

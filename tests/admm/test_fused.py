@@ -40,23 +40,26 @@ def weights(dtype, structure):
     return [nn.Parameter((torch.randn(shape, generator=generator) * 8).round().div(8).to(dtype)) for shape in shapes]
 
 
+def tightening(base, pruned, **options):
+    """An optimizer that projects after every second step, and has the mask fixed in the seventh."""
+    return ADMMOptimizer(
+        base,
+        pruned,
+        penalty=PenaltySchedule(0.2, "linear", 8),
+        interval=2,
+        freeze_step=7,
+        sparsity_schedule=SparsitySchedule("cubic", 6),
+        **options,
+    )
+
+
 def run(adam, dtype, structure, budget, form="decoupled", dual=False, state_dtype="fp32", ok=None, steps=9):
     torch.manual_seed(0)
     parameters = weights(dtype, structure)
     share = 0.3 if structure.is_unstructured else 1 - structure.zeroed / structure.group
     pruned = [PrunedWeight(f"w{i}", p, round(share * p.numel()), structure) for i, p in enumerate(parameters)]
-    optimizer = ADMMOptimizer(
-        adam(parameters),
-        pruned,
-        penalty=PenaltySchedule(0.2, "linear", 8),
-        form=form,
-        dual=dual,
-        interval=2,
-        freeze_step=7,
-        budget=budget,
-        sparsity_schedule=SparsitySchedule("cubic", 6),
-        state_dtype=state_dtype,
-    )
+    options = {"form": form, "dual": dual, "state_dtype": state_dtype}
+    optimizer = tightening(adam(parameters), pruned, budget=budget, **options)
     generator = torch.Generator().manual_seed(1)
     found = [optimizer.masks]
     for step in range(steps):

@@ -7,33 +7,19 @@ import torch
 from torch import nn
 
 from elsa_modifier.admm.budget import SharedBudget
-from elsa_modifier.admm.constraint import PrunedWeight, SparsitySchedule
+from elsa_modifier.admm.constraint import PrunedWeight
 from elsa_modifier.admm.offloading import Lanes, MovedState
-from elsa_modifier.admm.optimizer import ADMMOptimizer
-from elsa_modifier.admm.penalty import PenaltySchedule
 from elsa_modifier.training.stochastic_adam import StochasticAdam
-from tests.admm.test_fused import DENSE, fuse  # noqa: F401
+from tests.admm.test_fused import DENSE, fuse, tightening  # noqa: F401
 
 
-def run(adam, *, offload, form, dual, state_dtype, dtype=torch.float32, unreached=False, steps=12):
+def run(adam, *, dtype, **options):
     torch.manual_seed(0)
     shapes = [(48, 64), (33, 20), (16,), (3, 4)]
     parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     pruned = [PrunedWeight(f"w{i}", p, p.numel() // 3, DENSE) for i, p in enumerate(parameters) if p.ndim > 1]
-    optimizer = ADMMOptimizer(
-        adam(parameters),
-        pruned,
-        penalty=PenaltySchedule(0.2, "linear", 9),
-        form=form,
-        dual=dual,
-        interval=2,
-        freeze_step=9,
-        budget=SharedBudget(0.2, 0.9),
-        sparsity_schedule=SparsitySchedule("cubic", 6),
-        state_dtype=state_dtype,
-        offload=offload,
-    )
-    for step in range(steps):
+    optimizer = tightening(adam(parameters), pruned, budget=SharedBudget(0.2, 0.9), **options)
+    for step in range(12):
         for i, parameter in enumerate(parameters):
             parameter.grad = torch.randn(parameter.shape).to(dtype)
             if i == 1 and step % 3 == 1:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from elsa_kernels.gpu_layout import GPU_DEVICES, is_for_gpu, takes_gpu_layout
-from elsa_kernels.packing import pack, pack_integers
+from elsa_kernels.packing import INTEGER_RANGES, pack, pack_integers
 from elsa_kernels.reading import describe, unpack, unpack_integers
 
 __all__ = ["has_kernels", "to_device"]
@@ -33,7 +33,8 @@ def to_device(packed: Tensor, device: torch.device) -> Tensor:
         return pack(unpack(packed).to(device))
     integers, scales = (part.to(device) for part in unpack_integers(packed))
     # The layout of GPUs does not say how many bits there were.
-    few = not for_gpu and int(integers.min()) >= -8 and int(integers.max()) <= 7
+    low, high = INTEGER_RANGES[4]
+    few = not for_gpu and int(integers.min()) >= low and int(integers.max()) <= high
     return pack_integers(integers, _in_fewest_bits(scales), bits=4 if few else 8, group_size=info.group_size)
 
 

@@ -178,8 +178,7 @@ class Lanes:
 
     def along(self, pairs: Pairs) -> Any:
         """Copy in the stream that computes; the event after which that and all before it is done."""
-        for to, source in pairs:
-            to.copy_(source, non_blocking=True)
+        _copy_all(pairs)
         return self.event()
 
     def event(self) -> Any:
@@ -212,9 +211,13 @@ class Lanes:
             if event is not None:
                 stream.wait_event(event)
         with stream:
-            for to, source in pairs:
-                to.copy_(source, non_blocking=True)
+            _copy_all(pairs)
         return stream.record_event()
+
+
+def _copy_all(pairs: Pairs) -> None:
+    for to, source in pairs:
+        to.copy_(source, non_blocking=True)
 
 
 class _TensorsOf:

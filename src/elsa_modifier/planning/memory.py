@@ -134,9 +134,9 @@ def _moved_at_once(shape: ModelShape, settings: RunSettings) -> int:
 
 def _pair_bytes(pruned: tuple[int, ...], settings: RunSettings) -> int:
     """The pairs (z, u), with their scales."""
-    coupled = settings.form == "coupled"
-    if not (coupled or settings.dual):
+    if not settings.has_pair:
         return 0
+    coupled = settings.form == "coupled"
     nowhere = torch.device("meta")
     return sum(StoredPair(count, settings.state_dtype, nowhere, both_kinds=coupled).nbytes for count in pruned)
 

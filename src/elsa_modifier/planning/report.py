@@ -9,7 +9,6 @@ from rich.text import Text
 
 from elsa_modifier.planning.options import Remedy, as_yaml
 from elsa_modifier.planning.planner import Plan
-from elsa_modifier.planning.settings import RunSettings
 from elsa_sparse.errors import printable
 
 __all__ = ["as_json", "print_plan"]
@@ -109,14 +108,11 @@ def _notes(plan: Plan) -> dict[str, str]:
         "gradients": ("the largest" if s.gradient_release else "all") + f", in {s.weight_dtype}{shared}",
         "optimizer": f"{s.optimizer}{shared}" + (", of two weights; the others in main memory" * s.offload_state),
         "teacher": f"the dense weights in bf16, for {s.objective.name}{shared}",
-        "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if _has_pair(s) else "") + f"mask bits{shared}",
+        "admm_state": (f"{plan.pruned:,} in {s.state_dtype}, and " if s.has_pair and not s.offload_state else "")
+        + f"mask bits{shared}",
         "activations": f"{plan.sequences} x {s.sequence_length} tokens, {checkpointed}",
         "gathered": "whole layers to compute with",
     }
-
-
-def _has_pair(settings: RunSettings) -> bool:
-    return (settings.form == "coupled" or settings.dual) and not settings.offload_state
 
 
 def _work(plan: Plan) -> str:

@@ -66,6 +66,11 @@ class RunSettings:
         )
 
     @property
+    def has_pair(self) -> bool:
+        """Whether ``z`` and ``u`` are stored, which takes a dual."""
+        return self.form == "coupled" or self.dual
+
+    @property
     def accumulates(self) -> bool:
         """Whether gradients live from one forward pass to the next."""
         return self.gradient_accumulation_steps > 1

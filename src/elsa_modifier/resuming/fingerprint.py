@@ -16,8 +16,8 @@ __all__ = ["MAY_CHANGE", "differences", "model_fingerprint", "recipe_fingerprint
 _SAMPLED = 1024
 _TOLD = 3
 # Fields that say where and when something is written or kept, and nothing about the weights.
-_ELSEWHERE = {"checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep", "resume", "track", "parallel"}
-_ELSEWHERE |= {"offload_state"}
+_ELSEWHERE = {"checkpoint", "checkpoint_every", "checkpoint_dir", "checkpoint_keep"}
+_ELSEWHERE |= {"resume", "track", "parallel", "offload_state"}
 # Fields that neither the shape of the run's state nor what came before depends on: they may differ where a checkpoint
 # is named by its path, as one that is to go on in another way has to be.
 MAY_CHANGE = frozenset({"lr", "max_grad_norm", "precision", "activation_checkpointing"})
