@@ -39,6 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shared_budget": False,
     },
     "interval 32": {"interval": 32},
+    "interval 1": {"interval": 1},
+    "second decay rate 0.99": {"betas": [0.9, 0.99]},
+    "second decay rate 0.95": {"betas": [0.9, 0.95]},
 }
 FACTORS = {"lr / 4": 0.25, "lr / 2": 0.5, "lr x 2": 2.0, "lr x 4": 4.0}
 

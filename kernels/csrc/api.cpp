@@ -110,14 +110,14 @@ struct Input {
     ~Input() { __builtin_free(memory); }
 };
 
-#if defined(ELSA_WITH_AMX)
+#if defined(ELSA_WITH_AVX512)
 bool in_tiles(const Product& rows, Kernel kernel) {
     const int64_t columns = rows.weight->h.columns, blocks = (rows.tokens + 15) / 16;
-    uint8_t* memory = (uint8_t*)__builtin_malloc((size_t)amx_tiles_nbytes(rows.tokens, columns) + 64);
+    uint8_t* memory = (uint8_t*)__builtin_malloc((size_t)tiles_nbytes(rows.tokens, columns) + 64);
     if (!memory) return false;
     uint8_t* tiles = memory + (-(uintptr_t)memory & 63);
     in_parallel(blocks, [&](int64_t block) {
-        amx_tiles(rows, tiles, block, block + 1);
+        arrange_tiles(rows, tiles, block, block + 1);
         return true;
     });
     Product product = rows;

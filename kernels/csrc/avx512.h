@@ -69,6 +69,47 @@ inline __m512i int4_codes(__mmask32 mask, const uint8_t* from) {
     return _mm512_cvtepu8_epi16(expand8(mask, nibbles(from), _mm256_set1_epi8(8)));
 }
 
+// The lower and the upper bytes of 0 to 127 in bf16.
+struct alignas(64) BF16Bytes {
+    uint8_t lower[128] = {}, upper[128] = {};
+
+    constexpr BF16Bytes() {
+        for (int i = 1; i < 128; i++) {
+            int exponent = 6;
+            while (i >> exponent == 0) exponent--;
+            const int bits = (127 + exponent) << 7 | (i << (7 - exponent) & 0x7f);
+            lower[i] = (uint8_t)bits;
+            upper[i] = (uint8_t)(bits >> 8);
+        }
+    }
+};
+constexpr BF16Bytes BF16_BYTES;
+
+// int8 to bf16, which holds all of them.
+struct Int8Table {
+    __m512i lower[2], upper[2];
+
+    Int8Table() {
+        for (int i = 0; i < 2; i++) {
+            lower[i] = _mm512_load_si512(BF16_BYTES.lower + 64 * i);
+            upper[i] = _mm512_load_si512(BF16_BYTES.upper + 64 * i);
+        }
+    }
+    // What is in the lower halves of 16-bit elements, and what is in the upper ones.
+    void convert(__m512i bytes, __m512i (&halves)[2]) const {
+        const __m512i magnitude = _mm512_abs_epi8(bytes), sign = _mm512_set1_epi8((char)0x80);
+        const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
+        __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
+        const int or_and = 0xF8, select = 0xD8;  // a | (b & c); c ? b : a
+        high = _mm512_ternarylogic_epi32(high, bytes, sign, or_and);
+        // -128, whose magnitude the tables have not: 0xC300.
+        high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(bytes, sign), _mm512_set1_epi8((char)0xC3));
+        const __m512i uppers = _mm512_set1_epi16((short)0xff00);
+        halves[0] = _mm512_ternarylogic_epi32(low, _mm512_slli_epi16(high, 8), uppers, select);
+        halves[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, uppers, select);
+    }
+};
+
 inline __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // Scales of the 16 rows of a slice in one group.

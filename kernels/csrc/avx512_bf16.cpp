@@ -27,18 +27,22 @@ struct Int8Halves {
     }
 };
 
-// sums += two columns of weights times x; integers are in the lower halves of 16-bit elements.
+// Tokens up to which two products of a half each are faster than one of a bf16 out of a table.
+constexpr int MOST_HALVES = 2;
+
+// sums += two columns of weights times x. Integers are in the lower halves of 16-bit elements; int8 for more tokens than
+// MOST_HALVES are bf16 already.
 template <int64_t V, int TOKENS, int CHAINS>
 inline void add_pair(__m512 (&sums)[TOKENS][CHAINS], int chain, __m512i weights, const uint16_t* x, int64_t stride,
                      __m512i table) {
-    if (V == INT8) {
+    if (V == INT8 && TOKENS <= MOST_HALVES) {
         const Int8Halves w(weights);
         for (int t = 0; t < TOKENS; t++) {
             const __m512i xs = broadcast(x + t * stride);
             sums[t][chain] = dot(dot(sums[t][chain], w.positive, xs), w.negative, xs);
         }
     } else {
-        const __m512i w = V == BF16 ? weights : _mm512_permutexvar_epi16(weights, table);
+        const __m512i w = V != INT4 ? weights : _mm512_permutexvar_epi16(weights, table);
         for (int t = 0; t < TOKENS; t++) sums[t][chain] = dot(sums[t][chain], w, broadcast(x + t * stride));
     }
 }
@@ -53,6 +57,7 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
     const uint8_t* masks = p.masks + MASK_NBYTES * slice * slice_masks;
     const uint8_t* values = p.values + load<int64_t>(p.value_offsets, slice * h.segments());
     const __m512i table = int4_table();
+    const Int8Table int8s;
     __m512 total[TOKENS];
     for (__m512& t : total) t = _mm512_setzero_ps();
     // A sum of its own for neighbouring pairs hides the latency of dot.
@@ -70,9 +75,11 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
                 values += value_bytes<V>(__builtin_popcount(mask));
             } else {
                 const uint64_t mask = load<uint64_t>(masks, i);
-                const __m512i halves = expand_halves<V>(mask, values);
-                add_pair<V>(sums, 2 * chain % CHAINS, halves, at, stride, table);
-                add_pair<V>(sums, (2 * chain + 1) % CHAINS, _mm512_srli_epi16(halves, 8), at + 2, stride, table);
+                const __m512i bytes = expand_halves<V>(mask, values);
+                __m512i halves[2] = {bytes, _mm512_srli_epi16(bytes, 8)};
+                if (V == INT8 && TOKENS > MOST_HALVES) int8s.convert(bytes, halves);
+                for (int half = 0; half < 2; half++)
+                    add_pair<V>(sums, (2 * chain + half) % CHAINS, halves[half], at + 2 * half, stride, table);
                 values += value_bytes<V>(__builtin_popcountll(mask));
             }
         };
@@ -152,14 +159,20 @@ inline void slice_of(const Product& product, int64_t slice, int64_t token) {
         window_slice<V, TOKENS>(product, slice, token);
 }
 
+// Tokens whose x stays in the second-level cache while all slices pass.
+constexpr int64_t PANEL_TOKENS = 64;
+
 template <int64_t V>
 bool all(const Product& product, int64_t first, int64_t last) {
-    for (int64_t slice = first; slice < last; slice++) {
-        int64_t token = 0;
-        for (; token + 8 <= product.tokens; token += 8) slice_of<V, 8>(product, slice, token);
-        for (; token + 4 <= product.tokens; token += 4) slice_of<V, 4>(product, slice, token);
-        for (; token + 2 <= product.tokens; token += 2) slice_of<V, 2>(product, slice, token);
-        for (; token < product.tokens; token++) slice_of<V, 1>(product, slice, token);
+    for (int64_t panel = 0; panel < product.tokens; panel += PANEL_TOKENS) {
+        const int64_t end = panel + PANEL_TOKENS < product.tokens ? panel + PANEL_TOKENS : product.tokens;
+        for (int64_t slice = first; slice < last; slice++) {
+            int64_t token = panel;
+            for (; token + 8 <= end; token += 8) slice_of<V, 8>(product, slice, token);
+            for (; token + 4 <= end; token += 4) slice_of<V, 4>(product, slice, token);
+            for (; token + 2 <= end; token += 2) slice_of<V, 2>(product, slice, token);
+            for (; token < end; token++) slice_of<V, 1>(product, slice, token);
+        }
     }
     return true;
 }

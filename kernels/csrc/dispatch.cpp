@@ -12,10 +12,11 @@
 
 namespace elsa {
 
-// From how many tokens on the tiles of AMX are faster than a lane a row.
+// From how many tokens on tiles are faster than a lane a row.
 constexpr int64_t AMX_BITMASK_TOKENS = 2, AMX_WINDOW_TOKENS = 24;
+constexpr int64_t AVX512_FLOAT_TOKENS = 16, AVX512_INTEGER_TOKENS = 12;  // BITMASK; WINDOW never
 // From how many tokens on unpacking the weight and a dense product are faster.
-constexpr int64_t DENSE_BF16_TOKENS = 64, DENSE_FP32_TOKENS = 32, DENSE_PLAIN_TOKENS = 8;
+constexpr int64_t DENSE_FP32_TOKENS = 32, DENSE_PLAIN_TOKENS = 8;
 
 #if defined(ELSA_X86) && defined(ELSA_WITH_AMX) && defined(__linux__)
 // The processor has tiles of bf16, and the system lets this process use them.
@@ -48,9 +49,6 @@ Level best_level() {
 }
 
 Kernel unpack_kernel(Level level) {
-#if defined(ELSA_WITH_AVX512)
-    if (level >= AVX512) return unpack_avx512;
-#endif
 #if defined(ELSA_WITH_AVX2)
     if (level >= AVX2) return unpack_avx2;
 #endif
@@ -63,11 +61,13 @@ Plan plan(Level level, const Header& weight, Values x_type, int64_t tokens) {
     if (level >= AVX512 && weight.layout != CSR) {
         if (x_type != BF16 || weight.values == FP16 || weight.values == FP32)
             return {tokens < DENSE_FP32_TOKENS ? avx512_fp32 : nullptr, ROWS_FP32};
+        const bool bitmask = weight.layout == BITMASK;
 #if defined(ELSA_WITH_AMX)
-        if (level == AMX && tokens >= (weight.layout == BITMASK ? AMX_BITMASK_TOKENS : AMX_WINDOW_TOKENS))
-            return {amx_bf16, TILES};
+        if (level == AMX && tokens >= (bitmask ? AMX_BITMASK_TOKENS : AMX_WINDOW_TOKENS)) return {amx_bf16, TILES};
 #endif
-        return {level == AMX || tokens < DENSE_BF16_TOKENS ? avx512_bf16 : nullptr, ROWS_BF16};
+        if (level == AVX512 && bitmask && tokens >= (weight.quantized() ? AVX512_INTEGER_TOKENS : AVX512_FLOAT_TOKENS))
+            return {avx512_tiles, TILES};
+        return {avx512_bf16, ROWS_BF16};
     }
 #endif
     (void)weight, (void)x_type;

@@ -27,7 +27,7 @@ def test_product_agrees_with_twin(values, layout, isa):
 @pytest.mark.parametrize("values", VALUES)
 def test_many_tokens(values, layout, isa):
     packed = pack(sparse_weight(50, 197, 0.2, uneven=True), layout, values=values)
-    for tokens in (3, 15, 16, 17, 33, 48, 127, 150, 300):
+    for tokens in (3, 15, 16, 17, 33, 48, 127, 150, 300, 1030):
         for dtype in (torch.bfloat16, torch.float32):
             assert_product(torch.randn(tokens, 197).to(dtype), packed)
 

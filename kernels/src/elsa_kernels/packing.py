@@ -108,8 +108,10 @@ def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size
     """The layout that pack chooses on this machine; the crossovers were measured: docs/kernels.md."""
     has_bitmask, has_window = _has_bitmask(columns, group_size), columns <= MOST_WINDOW_COLUMNS
     density = kept / (rows * columns)
-    if library.backend().startswith("avx512"):
-        if has_bitmask and (density > WINDOW_DENSITY[values] or not has_window):
+    backend = library.backend()
+    if backend.startswith("avx512"):
+        densest = (WINDOW_DENSITY_AMX if "amx" in backend else WINDOW_DENSITY)[values]
+        if has_bitmask and (density > densest or not has_window):
             return Layout.BITMASK
         return Layout.WINDOW if has_window else Layout.CSR
     return Layout.CSR
@@ -158,8 +160,10 @@ def _expected_steps(header: Header) -> int:
 
 
 MOST_WINDOW_COLUMNS = 1 << 16
-# Denser weights are faster as bitmasks.
-WINDOW_DENSITY: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.15, "int4": 0.15}
+# Denser weights are faster as bitmasks. Without AMX there is a wide range in which windows are faster and take more memory:
+# of bf16 up to a quarter more is taken here.
+WINDOW_DENSITY: dict[str, float] = {"bf16": 0.22, "fp16": 0.12, "fp32": 0.12, "int8": 0.16, "int4": 0.16}
+WINDOW_DENSITY_AMX: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.15, "int4": 0.15}
 
 
 def _pack(stored: Tensor, scales: Tensor | None, values: Values, group_size: int, layout: Layout | None) -> Tensor:
