@@ -160,8 +160,8 @@ def _expected_steps(header: Header) -> int:
 
 
 MOST_WINDOW_COLUMNS = 1 << 16
-# Denser weights are faster as bitmasks. Without AMX there is a wide range in which windows are faster and take more memory:
-# of bf16 up to a quarter more is taken here.
+# Denser weights are faster as bitmasks. Without AMX windows are faster over a wide range in which they take more
+# memory, of which bf16 is given up to a quarter.
 WINDOW_DENSITY: dict[str, float] = {"bf16": 0.22, "fp16": 0.12, "fp32": 0.12, "int8": 0.16, "int4": 0.16}
 WINDOW_DENSITY_AMX: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.15, "int4": 0.15}
 
