@@ -20,7 +20,7 @@ DEFAULTS = dict(
     batch_size=8,
     gradient_accumulation_steps=1,
     sequence_length=2048,
-    objective=dict(name="distill", weight=1.0, hidden_weight=3.0, temperature=1.0),
+    objective=dict(name="distill", weight=None, hidden_weight=3.0, temperature=1.0),
     lr=None,
     lr_schedule="linear",
     warmup_steps=0,

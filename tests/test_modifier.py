@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from elsa_modifier import ELSAModifier
+from elsa_modifier import fields as objectives
 from elsa_modifier.training.loop import TrainingDiverged
 
 QUICK = dict(steps=10, batch_size=2, sequence_length=16, interval=3, lr=1e-3, precision="fp32", shared_budget=False)
@@ -212,6 +213,29 @@ def test_a_shared_budget_is_spent_within_floor_and_cap(load, texts):
     assert found["model.layers.0.self_attn.o_proj"] == pytest.approx(0.5, abs=1e-3)
     assert found["model.layers.1.self_attn.o_proj"] < 0.3
     assert found["model.layers.0.mlp.up_proj"] == pytest.approx(0.95, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        (dict(sparsity=0.75), 0.75),
+        (dict(sparsity=None, mask_structure="2:4"), 0.5),
+        (dict(sparsity={"re:.*mlp": 0.9, "re:.*": 0.0}, shared_budget=None), None),
+        (dict(sparsity=0.75, objective=dict(weight=0.3)), 0.3),
+        (dict(sparsity=0.75, objective=dict(weight=0.0)), 0.0),
+    ],
+    ids=str,
+)
+def test_a_teacher_counts_as_much_as_there_are_zeros(fields, weight, load, texts, monkeypatch):
+    made = []
+    original = objectives.Distillation
+    monkeypatch.setattr(objectives, "Distillation", lambda *a, **k: made.append(k) or original(*a, **k))
+    model = oneshot(model=load(), dataset=texts, recipe=[elsa(**fields)])
+    if weight is None:
+        weights = [m.weight for m in linears(model).values()]
+        weight = sum(map(zeros, weights)) / sum(w.numel() for w in weights)
+    assert [k["logits"] for k in made] == [pytest.approx(weight, abs=1e-3)]
+    assert made[0]["next_token"] == pytest.approx(1 - weight, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ class TrainingObjective(_Named):
     :param name: ``next_token``, its cross-entropy; ``distill`` = (1 - weight) x next_token + weight x KL divergence to
         the teacher's distribution over the whole vocabulary; ``distill_hidden`` = the same + hidden_weight x relative
         squared error of every layer's hidden states; ``reconstruction``, that error alone
-    :param weight: of the KL divergence, 0 to 1
+    :param weight: of the KL divergence, 0 to 1; None is the fraction of zeros. A model that keeps half of its weights
+        soon knows what its teacher does, and text has more to say; one that keeps few learns too little from that
     :param hidden_weight: of the hidden states' error
     :param temperature: of both distributions
     """
 
     name: ObjectiveName = "distill"
-    weight: float = Field(1.0, ge=0, le=1)
+    weight: float | None = Field(None, ge=0, le=1)
     hidden_weight: float = Field(3.0, gt=0, allow_inf_nan=False)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
@@ -73,15 +74,21 @@ class TrainingObjective(_Named):
         """Whether a copy of the dense model is kept for the run."""
         return self.name != "next_token"
 
-    def of(self, model: PreTrainedModel, teacher: Callable[[], PreTrainedModel] | None = None) -> Objective:
-        """The objective for training ``model``, of which a teacher is copied now, by ``teacher`` if that is given."""
+    def of(
+        self, model: PreTrainedModel, teacher: Callable[[], PreTrainedModel] | None = None, *, sparsity: float
+    ) -> Objective:
+        """The objective for training ``model``, of which a teacher is copied now, by ``teacher`` if that is given.
+
+        :param sparsity: fraction of zeros over all pruned weights
+        """
         if not self.has_teacher:
             return next_token_loss
         has_head = self.name != "reconstruction"
+        weight = sparsity if self.weight is None else self.weight
         return Distillation(
             copy_as_teacher(model) if teacher is None else teacher(),
-            next_token=(1 - self.weight) * has_head,
-            logits=self.weight * has_head,
+            next_token=(1 - weight) * has_head,
+            logits=weight * has_head,
             hidden=self.hidden_weight * (self.name != "distill"),
             temperature=self.temperature,
         )

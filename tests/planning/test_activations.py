@@ -104,7 +104,7 @@ def test_as_much_as_real_tensors_take(name, minimized, chunk, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], experts_implementation="eager").train()
     ids = torch.randint(2, 96, (2, 48))
-    loss_of = minimized.of(model)
+    loss_of = minimized.of(model, sparsity=0.9)
     loss_of(model, {"input_ids": ids, "labels": ids})  # finds out whether the logits can be had in chunks
     # On a busy machine a profile may lack events; none has too many.
     peak = max(_peak_of_a_pass(model, loss_of, ids) for _ in range(3))

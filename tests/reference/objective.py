@@ -17,18 +17,18 @@ def distilled_loss(model, teacher, batch, *, next_token, logits, hidden, tempera
     found = model(**inputs, use_cache=False, output_hidden_states=True)
     with torch.no_grad():
         wanted = teacher(**inputs, use_cache=False, output_hidden_states=True)
-    total, predicted = 0.0, 0
+    # Of the last layer a model gives hidden states only after its last norm.
+    layers = list(zip(found.hidden_states[1:-1], wanted.hidden_states[1:-1], strict=True))
+    total = 0.0
     for row, labels in enumerate(batch["labels"]):
         for position, word in enumerate(labels[1:].tolist()):
             if word == -100:
                 continue
-            predicted += 1
             p, q = (output.logits[row, position].float() for output in (wanted, found))
             total = total - next_token * torch.log_softmax(q, -1)[word]
             log_p, log_q = torch.log_softmax(p / temperature, -1), torch.log_softmax(q / temperature, -1)
             total = total + logits * temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
-    # Of the last layer a model gives hidden states only after its last norm.
-    layers = list(zip(found.hidden_states[1:-1], wanted.hidden_states[1:-1], strict=True))
-    places = [(i, j) for i, row in enumerate(batch["labels"].tolist()) for j, _ in enumerate(row)]
-    errors = [(a[i, j] - b[i, j]).square().sum() / b[i, j].square().sum() for a, b in layers for i, j in places]
-    return total + hidden * predicted * torch.stack(errors).mean()
+            at = row, position
+            errors = [(a[at] - b[at]).square().sum() / b[at].square().sum() for a, b in layers]
+            total = total + hidden * sum(errors) / len(errors)
+    return total

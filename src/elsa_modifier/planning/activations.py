@@ -91,7 +91,7 @@ def _trace(model: PreTrainedModel, settings: RunSettings, period: int) -> LiveSt
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # transformers knows tensors without data, and makes masks for them that a run does not need; see LiveStorage.
     with _mode_of(model), patch_attr(masking_utils, "is_tracing", lambda *_: False):
-        loss_of = settings.objective.of(model)
+        loss_of = settings.objective.of(model, sparsity=0.5)  # the same tensors at any
         held = loss_of.teacher.parameters() if isinstance(loss_of, Distillation) else ()
         ids = torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64)
         tracker = LiveStorage([*parameters, *model.buffers(), *held, ids], experts=experts)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from elsa_modifier.training.data import IGNORED_LABEL
@@ -44,9 +45,9 @@ class Distillation:
     :data:`~elsa_modifier.training.objective.Objective`.
 
     KL is ``KL(teacher || model)`` over the full vocabulary, both at a temperature ``T``, times ``T^2`` (Hinton et al.,
-    arXiv 1503.02531). The error is ``||h - h_teacher||^2 / ||h_teacher||^2`` of each token's hidden state after a
-    decoder layer, the mean over layers (as SquareHead, arXiv 2310.06927, but normalized for each token: a few have
-    hidden states a hundred times as large as the others).
+    arXiv 1503.02531). The error is ``||h - h_teacher||^2 / ||h_teacher||^2`` of each predicting token's hidden state
+    after a decoder layer, the mean over layers (as SquareHead, arXiv 2310.06927, but normalized for each token: a few
+    have hidden states a hundred times as large as the others).
 
     :param teacher: see :func:`copy_as_teacher`
     :param next_token: weight of the cross-entropy with the next token
@@ -81,12 +82,12 @@ class Distillation:
         if self._next_token or self._logits:
             loss = loss + self._of_logits(tokens, taught)
         if self._hidden:
-            errors = [_relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
-            of_position = torch.stack(errors).mean(dim=0)
-            seen = batch.get("attention_mask", torch.ones_like(batch["labels"])).float()
-            # A mean over positions, counted as often as tokens are predicted.
-            mean = (of_position * seen).sum() / seen.sum()
-            loss = loss + self._hidden * (batch["labels"][:, 1:] != IGNORED_LABEL).sum() * mean
+            # Nothing is kept for the backward pass but the hidden states themselves.
+            errors = [
+                checkpoint(_relative_error, a, b, use_reentrant=False) for a, b in zip(found, wanted, strict=True)
+            ]
+            predicts = (batch["labels"][:, 1:] != IGNORED_LABEL).float()
+            loss = loss + self._hidden * (torch.stack(errors).mean(dim=0)[:, :-1] * predicts).sum()
         return loss
 
     def _hidden_states_of(self, model: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:

@@ -122,7 +122,7 @@ def run_recipe(
             num_training_steps=recipe.steps,
         )
         # A teacher is the model as it is now, before the weights of a training checkpoint come.
-        objective = run.objective(recipe.objective.of(model, run.teacher))
+        objective = run.objective(recipe.objective.of(model, run.teacher, sparsity=_sparsity(targets)))
         with _watching(recipe, checkpointing, run, optimizer, scheduler, batches, history) as watcher:
             train(
                 model,
@@ -161,7 +161,7 @@ def build_optimizer(recipe: "ELSAModifier", run: Alone, targets: list[Target]) -
     base = build_base_optimizer(
         recipe.optimizer,
         run.parameters,
-        lr=recipe.lr or _default_learning_rate(recipe.steps, run.model, weights),
+        lr=recipe.lr or _default_learning_rate(recipe.steps, run.model, targets),
         betas=(recipe.betas[0], recipe.betas[1]),
         seed=recipe.seed,
         places=run.places(),
@@ -214,11 +214,16 @@ def _watching(
     return checkpointing.watching(under_way, fields)
 
 
-def _default_learning_rate(steps: int, model: PreTrainedModel, weights: Sequence[PrunedWeight]) -> float:
-    width = getattr(model.config.get_text_config(), "hidden_size", None) or weights[0].weight.shape[1]
-    kept = sum(w.keep for w in weights) / sum(w.size for w in weights)
-    rate = default_learning_rate(steps=steps, width=width, sparsity=1 - kept)
-    logger.info(f"lr is not set: using {rate:.2g}, for {steps} steps at width {width} and {1 - kept:.0%} sparsity.")
+def _sparsity(targets: Sequence[Target]) -> float:
+    """Fraction of zeros that is asked for, over all targets."""
+    return 1 - sum(t.keep for t in targets) / sum(t.weight.numel() for t in targets)
+
+
+def _default_learning_rate(steps: int, model: PreTrainedModel, targets: Sequence[Target]) -> float:
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or targets[0].weight.shape[1]
+    sparsity = _sparsity(targets)
+    rate = default_learning_rate(steps=steps, width=width, sparsity=sparsity)
+    logger.info(f"lr is not set: using {rate:.2g}, for {steps} steps at width {width} and {sparsity:.0%} sparsity.")
     return rate
 
 
