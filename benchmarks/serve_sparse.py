@@ -1,7 +1,7 @@
 """Pruned models in a vLLM server, dense and compressed in memory: tokens a second and memory. Writes
 ``docs/results/serve_sparse.md``. Needs the environment that ``make serve-test`` builds.
 
-Two models: SmolLM2-135M, pruned in a few steps (speed and memory do not depend on how well), and a stack of LLaMA-7B's
+Two models: SmolLM2-135M, pruned by ``benchmarks.pruned``, and a stack of LLaMA-7B's
 layers with random weights, as many as ``--layers`` says, with a small vocabulary so that the head, which stays dense,
 does not hide them. Rows are kept in ``benchmarks/results/serve_sparse.jsonl``, so that ``--models`` and ``--sparsity``
 may name a part at a time.
@@ -30,7 +30,6 @@ from benchmarks.vllm_server import Server, serve
 from elsa_modifier import save_sparse
 
 NAME = "serve_sparse"
-STEPS = 8
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 VOCABULARY = 4096
 STACK = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -40,8 +39,8 @@ _LONG, _SHORT, _PROMPT, _PREFILL = 48, 8, 16, 512
 
 
 def small_model(directory: Path, sparsity: float) -> Path:
-    """SmolLM2-135M pruned in a few steps, an ordinary checkpoint directory in bf16."""
-    pruned = pruned_directory(sparsity, steps=STEPS)
+    """SmolLM2-135M pruned, an ordinary checkpoint directory in bf16."""
+    pruned = pruned_directory(sparsity)
     AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(pruned).save_pretrained(directory)
     return directory
@@ -189,9 +188,7 @@ def main() -> None:
                 title, make = "SmolLM2-135M", small_model
                 tokenizer = AutoTokenizer.from_pretrained(model_directory())
                 prompt = evaluation_sequences(tokenizer, sequences=1, length=_PREFILL)["C4"][0].tolist()
-                about = (
-                    f"Pruned in {STEPS} steps. Its tied head of 49,152 x 576 stays dense, 57 MB that every token reads."
-                )
+                about = "Its tied head of 49,152 x 576 stays dense, 57 MB that every token reads."
             else:
                 title, make = "LLaMA-7B's layers", _stack(arguments.layers)
                 prompt = torch.randint(10, VOCABULARY, (_PREFILL,), generator=generator).tolist()

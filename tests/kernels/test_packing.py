@@ -122,7 +122,8 @@ print((memory("VmHWM") - before) / (2 * weight.numel()))
 
 
 def test_packing_takes_little_more_than_what_it_makes():
-    """What is packed, its parts once more (each as much as the dense weight here), and the positions of some rows."""
+    """What is packed, its parts once more (each as much as the dense weight here), and the positions of some rows.
+    Without the library positions are looked at all at once, in integers of 64 bits."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=environment)
-    assert float(found.stdout) < 5
+    assert float(found.stdout) < (15 if elsa_kernels.backend() == "torch" else 5)
