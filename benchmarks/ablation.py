@@ -11,8 +11,11 @@ from elsa_modifier.training.learning_rate import default_learning_rate
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no teacher": {"objective": "next_token"},
+    "teacher alone": {"objective": {"weight": 1.0}},
+    "a fifth next token": {"objective": {"weight": 0.8}},
     "half next token": {"objective": {"weight": 0.5}},
     "half next token, and hidden states": {"objective": {"name": "distill_hidden", "weight": 0.5}},
+    "teacher alone, and hidden states": {"objective": {"name": "distill_hidden", "weight": 1.0}},
     "and hidden states": {"objective": "distill_hidden"},
     "reconstruction": {"objective": "reconstruction"},
     "temperature 2": {"objective": {"temperature": 2.0}},

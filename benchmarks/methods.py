@@ -20,6 +20,7 @@ from benchmarks.measuring import ROOT
 from benchmarks.models import BenchmarkModel
 from elsa_modifier import ELSAModifier
 from elsa_modifier.admm import parse_mask_structure
+from elsa_modifier.training.distillation import default_teacher_weight
 
 __all__ = ["METHODS", "Method", "Setting"]
 
@@ -93,10 +94,15 @@ def _layer_wise(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _finetuning(setting: Setting, objective: str) -> MaskedFinetuningModifier:
+def _finetuning(setting: Setting, **fields: Any) -> MaskedFinetuningModifier:
     """Of what the modifiers before it have pruned, on windows of the same text."""
-    fields = {name: value for name, value in setting.training.items() if name != "sparsity"}
-    return MaskedFinetuningModifier(objective=objective, **fields)
+    training = {name: value for name, value in setting.training.items() if name != "sparsity"}
+    return MaskedFinetuningModifier(**training, **fields)
+
+
+def _taught(setting: Setting) -> dict[str, Any]:
+    """Fields of a baseline whose teacher is to count as much as ELSA's."""
+    return {"objective": "distill", "weight": default_teacher_weight(setting.fraction)}
 
 
 def _published_recipe(setting: Setting) -> Path:
@@ -125,19 +131,19 @@ METHODS: dict[str, Method] = {
         structured=True,
     ),
     "SparseGPT + finetuning": Method(
-        lambda s: [SparseGPTModifier(**_layer_wise(s)), _finetuning(s, "next_token")],
+        lambda s: [SparseGPTModifier(**_layer_wise(s)), _finetuning(s)],
         tuned=True,
         seeded=True,
         structured=True,
     ),
     "ALPS + distilled finetuning": Method(
-        lambda s: [ALPSModifier(sparsity=s.fraction), _finetuning(s, "distill")], tuned=True, seeded=True
+        lambda s: [ALPSModifier(sparsity=s.fraction), _finetuning(s, **_taught(s))], tuned=True, seeded=True
     ),
     "SAFE+": Method(lambda s: SAFEModifier(activation=True, **s.training), tuned=True, seeded=True),
     "gradual magnitude": Method(lambda s: GradualPruningModifier(fisher=False, **s.training), tuned=True, seeded=True),
     "gradual Fisher": Method(lambda s: GradualPruningModifier(fisher=True, **s.training), tuned=True, seeded=True),
     "gradual Fisher, distilled": Method(
-        lambda s: GradualPruningModifier(fisher=True, objective="distill", **s.training), tuned=True, seeded=True
+        lambda s: GradualPruningModifier(fisher=True, **_taught(s), **s.training), tuned=True, seeded=True
     ),
     "ELSA as published": Method(_published, seeded=True, structured=True, fits=lambda s: _published_recipe(s).exists()),
     "ELSA": Method(_elsa, seeded=True, structured=True),

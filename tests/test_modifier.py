@@ -218,22 +218,24 @@ def test_a_shared_budget_is_spent_within_floor_and_cap(load, texts):
 @pytest.mark.parametrize(
     ("fields", "weight"),
     [
-        (dict(sparsity=0.75), 0.75),
+        (dict(sparsity=0.3), 0.5),
         (dict(sparsity=None, mask_structure="2:4"), 0.5),
+        (dict(sparsity=0.65), 0.75),
         (dict(sparsity={"re:.*mlp": 0.9, "re:.*": 0.0}, shared_budget=None), None),
+        (dict(sparsity=0.9), 1.0),
         (dict(sparsity=0.75, objective=dict(weight=0.3)), 0.3),
         (dict(sparsity=0.75, objective=dict(weight=0.0)), 0.0),
     ],
     ids=str,
 )
-def test_a_teacher_counts_as_much_as_there_are_zeros(fields, weight, load, texts, monkeypatch):
+def test_a_teacher_counts_more_the_fewer_weights_are_kept(fields, weight, load, texts, monkeypatch):
     made = []
     original = objectives.Distillation
     monkeypatch.setattr(objectives, "Distillation", lambda *a, **k: made.append(k) or original(*a, **k))
     model = oneshot(model=load(), dataset=texts, recipe=[elsa(**fields)])
     if weight is None:
         weights = [m.weight for m in linears(model).values()]
-        weight = sum(map(zeros, weights)) / sum(w.numel() for w in weights)
+        weight = 0.5 + (sum(map(zeros, weights)) / sum(w.numel() for w in weights) - 0.5) / 0.6
     assert [k["logits"] for k in made] == [pytest.approx(weight, abs=1e-3)]
     assert made[0]["next_token"] == pytest.approx(1 - weight, abs=1e-3)
 

@@ -12,7 +12,7 @@ from elsa_modifier.admm.penalty import PenaltyForm, ScheduleName
 from elsa_modifier.admm.storage import StateDtype
 from elsa_modifier.deprecation import Removed, Renamed, with_current_names
 from elsa_modifier.targets import Target, fractions_of
-from elsa_modifier.training.distillation import Distillation, copy_as_teacher
+from elsa_modifier.training.distillation import Distillation, copy_as_teacher, default_teacher_weight
 from elsa_modifier.training.objective import Objective, next_token_loss
 
 __all__ = [
@@ -58,8 +58,8 @@ class TrainingObjective(_Named):
     :param name: ``next_token``, its cross-entropy; ``distill`` = (1 - weight) x next_token + weight x KL divergence to
         the teacher's distribution over the whole vocabulary; ``distill_hidden`` = the same + hidden_weight x relative
         squared error of every layer's hidden states; ``reconstruction``, that error alone
-    :param weight: of the KL divergence, 0 to 1; None is the fraction of zeros. A model that keeps half of its weights
-        soon knows what its teacher does, and text has more to say; one that keeps few learns too little from that
+    :param weight: of the KL divergence, 0 to 1; None is 0.5 up to a sparsity of 50%, 1 from 80%, and between the
+        two in proportion
     :param hidden_weight: of the hidden states' error
     :param temperature: of both distributions
     """
@@ -84,7 +84,7 @@ class TrainingObjective(_Named):
         if not self.has_teacher:
             return next_token_loss
         has_head = self.name != "reconstruction"
-        weight = sparsity if self.weight is None else self.weight
+        weight = default_teacher_weight(sparsity) if self.weight is None else self.weight
         return Distillation(
             copy_as_teacher(model) if teacher is None else teacher(),
             next_token=(1 - weight) * has_head,
