@@ -30,8 +30,8 @@ struct Int8Halves {
 // Tokens up to which two products of a half each are faster than one of a bf16 out of a table.
 constexpr int MOST_HALVES = 2;
 
-// sums += two columns of weights times x. Integers are in the lower halves of 16-bit elements; int8 for more tokens than
-// MOST_HALVES are bf16 already.
+// sums += two columns of weights times x. Integers are in the lower halves of 16-bit elements; int8 for more tokens
+// than MOST_HALVES are bf16 already.
 template <int64_t V, int TOKENS, int CHAINS>
 inline void add_pair(__m512 (&sums)[TOKENS][CHAINS], int chain, __m512i weights, const uint16_t* x, int64_t stride,
                      __m512i table) {

@@ -1,6 +1,6 @@
-// Products of bf16 in tiles, from a few tokens to many: slices are unpacked a piece at a time into a buffer that stays in
-// the cache, in the order that a product wants, and multiplied there. From memory the weight is read in its packed form.
-// What multiplies is the including file's: a Multiplier, see in_panels.
+// Products of bf16 in tiles, from a few tokens to many: slices are unpacked a piece at a time into a buffer that stays
+// in the cache, in the order that a product wants, and multiplied there. From memory the weight is read in its packed
+// form. What multiplies is the including file's: a Multiplier, see in_panels.
 #pragma once
 #include "avx512.h"
 #include "numbers.h"
@@ -8,7 +8,7 @@
 namespace elsa {
 namespace {
 
-constexpr int TILE_COLUMNS = 32;  // columns of the weight in a tile
+constexpr int TILE_COLUMNS = 32;   // columns of the weight in a tile
 constexpr int TILE_NBYTES = 1024;  // 16 tokens x 32 columns, or 16 pairs of columns x 16 rows x 2
 constexpr int TILE_TOKENS = 16;
 
@@ -188,7 +188,7 @@ struct Scratch {
     bool keep;
 };
 
-// Up to two blocks of tokens times up to two slices of weights, over `count` tiles of columns. Each pair of a block and a
+// Up to two blocks of tokens times up to two slices of weights, over some tiles of columns. Each pair of a block and a
 // slice has a tile of sums, (16 tokens, 16 rows) fp32; the second block's lies behind the first's.
 struct Corner {
     const uint8_t *x, *w;
@@ -212,7 +212,7 @@ void panel(const Product& product, int64_t first, int64_t last, int64_t token, c
     const int64_t sums_nbytes = (blocks + 1) / 2 * 2 * TILE_NBYTES, x_block = tiles * TILE_NBYTES;
     const uint8_t* x = (const uint8_t*)product.x + token / TILE_TOKENS * x_block;
     const bool few = blocks <= 2, fresh = !scratch.keep || token == 0;
-    const int64_t piece = h.layout == WINDOW      ? SEGMENT
+    const int64_t piece = h.layout == WINDOW     ? SEGMENT
                           : few && !scratch.keep ? Multiplier::FEW_PIECE
                                                  : Multiplier::MANY_PIECE;
     int64_t next_block = 0;
@@ -241,10 +241,11 @@ void panel(const Product& product, int64_t first, int64_t last, int64_t token, c
                     continue;
                 }
                 for (int64_t b = 0; b < blocks; b += 2) {
+                    const int64_t rest = tokens - b * TILE_TOKENS;
                     Corner of_blocks = corner;
                     of_blocks.x += b * x_block;
                     of_blocks.sums += b * TILE_NBYTES;
-                    of_blocks.tokens = tokens - b * TILE_TOKENS < 2 * TILE_TOKENS ? tokens - b * TILE_TOKENS : 2 * TILE_TOKENS;
+                    of_blocks.tokens = rest < 2 * TILE_TOKENS ? rest : 2 * TILE_TOKENS;
                     Multiplier::begin(of_blocks, at == 0);
                     Multiplier::multiply(of_blocks, count);
                     Multiplier::end(of_blocks);
