@@ -47,7 +47,7 @@ void multiply_block(const Corner& c, const uint8_t* x, uint8_t* sums, int64_t to
 }
 
 struct AVX512Tiles {
-    static constexpr int64_t PANEL_TOKENS = 512, KEPT_NBYTES = 4 << 20, FEW_PIECE = 128, MANY_PIECE = 512;
+    static constexpr int64_t PANEL_TOKENS = 512, KEPT_NBYTES = 4 << 20, FEW_PIECE = 256, MANY_PIECE = 512;
 
     static void begin(const Corner& c, bool zero) {
         if (!zero) return;
