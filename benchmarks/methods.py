@@ -143,7 +143,14 @@ METHODS: dict[str, Method] = {
     "gradual magnitude": Method(lambda s: GradualPruningModifier(fisher=False, **s.training), tuned=True, seeded=True),
     "gradual Fisher": Method(lambda s: GradualPruningModifier(fisher=True, **s.training), tuned=True, seeded=True),
     "gradual Fisher, distilled": Method(
-        lambda s: GradualPruningModifier(fisher=True, **_taught(s), **s.training), tuned=True, seeded=True
+        lambda s: GradualPruningModifier(fisher=True, objective="distill", **s.training), tuned=True, seeded=True
+    ),
+    # From 80% on the same as the one before.
+    "gradual Fisher, ELSA's objective": Method(
+        lambda s: GradualPruningModifier(fisher=True, **_taught(s), **s.training),
+        tuned=True,
+        seeded=True,
+        fits=lambda s: s.fraction < 0.8,
     ),
     "ELSA as published": Method(_published, seeded=True, structured=True, fits=lambda s: _published_recipe(s).exists()),
     "ELSA": Method(_elsa, seeded=True, structured=True),
