@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -94,8 +95,10 @@ def test_damage_is_an_error_not_a_random_model(sparse):
     data = bytearray(file.read_bytes())
     data[-100] ^= 4
     file.write_bytes(data)
-    with pytest.raises(Exception, match="checksum does not match"):
+    with pytest.raises(Exception) as raised:
         AutoModelForCausalLM.from_pretrained(directory)
+    # transformers reads in threads: one of them may be busy when the file is closed, which is an error of its own.
+    assert "checksum does not match" in "".join(traceback.format_exception(raised.value))
     with pytest.raises(SparseCheckpointError, match="load it with from_pretrained"):
         load_sparse(_dense_copy(directory))
 

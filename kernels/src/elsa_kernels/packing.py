@@ -109,12 +109,17 @@ def choose_layout(rows: int, columns: int, kept: int, values: Values, group_size
     has_bitmask, has_window = _has_bitmask(columns, group_size), columns <= MOST_WINDOW_COLUMNS
     density = kept / (rows * columns)
     backend = library.backend()
-    if backend.startswith("avx512"):
-        densest = (WINDOW_DENSITY_AMX if "amx" in backend else WINDOW_DENSITY)[values]
-        if has_bitmask and (density > densest or not has_window):
-            return Layout.BITMASK
-        return Layout.WINDOW if has_window else Layout.CSR
-    return Layout.CSR
+    if not backend.startswith("avx512"):
+        return Layout.CSR
+    if not (has_bitmask and has_window):
+        return Layout.BITMASK if has_bitmask else Layout.WINDOW if has_window else Layout.CSR
+    if density > (WINDOW_DENSITY_AMX if "amx" in backend else WINDOW_DENSITY)[values]:
+        return Layout.BITMASK
+    # Steps of small weights are far from full.
+    window, bitmask = (
+        packed_nbytes(rows, columns, kept, values, group_size, layout) for layout in (Layout.WINDOW, Layout.BITMASK)
+    )
+    return Layout.WINDOW if window <= MOST_FOR_SPEED * bitmask else Layout.BITMASK
 
 
 def packed_nbytes(
@@ -161,7 +166,8 @@ def _expected_steps(header: Header) -> int:
 
 MOST_WINDOW_COLUMNS = 1 << 16
 # Denser weights are faster as bitmasks. Without AMX windows are faster over a wide range in which they take more
-# memory, of which bf16 is given up to a quarter.
+# memory; they are let to take a quarter more.
+MOST_FOR_SPEED = 1.25
 WINDOW_DENSITY: dict[str, float] = {"bf16": 0.22, "fp16": 0.12, "fp32": 0.12, "int8": 0.16, "int4": 0.16}
 WINDOW_DENSITY_AMX: dict[str, float] = {"bf16": 0.12, "fp16": 0.12, "fp32": 0.12, "int8": 0.15, "int4": 0.15}
 
