@@ -61,7 +61,7 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
     __m512 total[TOKENS];
     for (__m512& t : total) t = _mm512_setzero_ps();
     // A sum of its own for neighbouring pairs hides the latency of dot.
-    constexpr int CHAINS = TOKENS >= 4 ? 1 : TOKENS == 2 ? 2 : 4;
+    constexpr int CHAINS = TOKENS >= 4 ? 1 : TOKENS >= 2 ? 2 : 4;
     for (int64_t group = 0; group < groups; group++) {
         const int64_t end = group + 1 == groups ? slice_masks : (group + 1) * h.group_size / WIDTH;
         __m512 sums[TOKENS][CHAINS];
@@ -162,16 +162,24 @@ inline void slice_of(const Product& product, int64_t slice, int64_t token) {
 // Tokens whose x stays in the second-level cache while all slices pass.
 constexpr int64_t PANEL_TOKENS = 64;
 
+// The most tokens whose sums are in registers at once.
+constexpr int MOST_TOKENS = 8;
+
+// The last tokens of a panel, TOKENS or fewer, at once.
+template <int64_t V, int TOKENS>
+void rest_of_panel(const Product& product, int64_t slice, int64_t token, int64_t tokens) {
+    if (tokens == TOKENS) return slice_of<V, TOKENS>(product, slice, token);
+    if constexpr (TOKENS > 1) rest_of_panel<V, TOKENS - 1>(product, slice, token, tokens);
+}
+
 template <int64_t V>
 bool all(const Product& product, int64_t first, int64_t last) {
     for (int64_t panel = 0; panel < product.tokens; panel += PANEL_TOKENS) {
         const int64_t end = panel + PANEL_TOKENS < product.tokens ? panel + PANEL_TOKENS : product.tokens;
         for (int64_t slice = first; slice < last; slice++) {
             int64_t token = panel;
-            for (; token + 8 <= end; token += 8) slice_of<V, 8>(product, slice, token);
-            for (; token + 4 <= end; token += 4) slice_of<V, 4>(product, slice, token);
-            for (; token + 2 <= end; token += 2) slice_of<V, 2>(product, slice, token);
-            for (; token < end; token++) slice_of<V, 1>(product, slice, token);
+            for (; token + MOST_TOKENS <= end; token += MOST_TOKENS) slice_of<V, MOST_TOKENS>(product, slice, token);
+            rest_of_panel<V, MOST_TOKENS - 1>(product, slice, token, end - token);
         }
     }
     return true;

@@ -14,7 +14,7 @@ namespace elsa {
 
 // From how many tokens on tiles are faster than a lane a row.
 constexpr int64_t AMX_BITMASK_TOKENS = 2, AMX_WINDOW_TOKENS = 24;
-constexpr int64_t AVX512_BF16_TOKENS = 24, AVX512_INT8_TOKENS = 12, AVX512_INT4_TOKENS = 32;  // BITMASK; WINDOW never
+constexpr int64_t AVX512_BITMASK_TOKENS = 9;  // WINDOW never
 // From how many tokens on unpacking the weight and a dense product are faster.
 constexpr int64_t DENSE_FP32_TOKENS = 32, DENSE_PLAIN_TOKENS = 8;
 
@@ -67,10 +67,7 @@ Plan plan(Level level, const Header& weight, Values x_type, int64_t tokens) {
 #if defined(ELSA_WITH_AMX)
         if (level == AMX && tokens >= (bitmask ? AMX_BITMASK_TOKENS : AMX_WINDOW_TOKENS)) return {amx_bf16, TILES};
 #endif
-        const int64_t avx512_from = weight.values == BF16   ? AVX512_BF16_TOKENS
-                                    : weight.values == INT8 ? AVX512_INT8_TOKENS
-                                                            : AVX512_INT4_TOKENS;
-        if (level == AVX512 && bitmask && tokens >= avx512_from) return {avx512_tiles, TILES};
+        if (level == AVX512 && bitmask && tokens >= AVX512_BITMASK_TOKENS) return {avx512_tiles, TILES};
         return {avx512_bf16, ROWS_BF16};
     }
 #endif

@@ -43,6 +43,18 @@ def test_more_columns_than_a_segment(values, layout, isa):
             assert_product(torch.randn(tokens, 8300).bfloat16(), packed)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_groups_of_scales_in_tiles(values, isa):
+    """Groups of whole pieces, of half a piece, and of columns that fit neither; slices alone and in pairs."""
+    weight = sparse_weight(50, 644, 0.4) * torch.rand(50, 1).add(0.1)
+    weight[:, 256:] *= 4
+    weight[:, 400:] /= 16
+    for group_size in (256, 128, 64, 20):
+        packed = pack(weight, Layout.BITMASK, values=values, group_size=group_size)
+        for tokens in (9, 30, 70, 600):
+            assert_product(torch.randn(tokens, 644).bfloat16(), packed)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name.lower())
 def test_rows_with_very_different_counts_are_sorted_and_come_back_in_place(layout, isa):
     packed = pack(sparse_weight(100, 300, 0.2, uneven=True).bfloat16(), layout)
