@@ -1,9 +1,10 @@
 """Sparse weights kept compressed in memory against dense bf16 ones, on this CPU.
 
 Each product of a 4096 x 4096 weight is timed in turn with the others, over enough copies of its weight that none is in
-a cache, and medians are compared: with the faster of torch's Linear and, if ``make`` has built the environment for it,
-vLLM's oneDNN product of a weight that was reordered beforehand. One thread is timed by its own clock, which stands
-still while the machine runs something else; two threads are timed by the wall's.
+a cache; up to 32 tokens with eight copies in a row, as the layers of a model follow each other. Medians are compared:
+with the faster of torch's Linear and, if ``make`` has built the environment for it, vLLM's oneDNN product of a weight
+that was reordered beforehand. One thread is timed by its own clock, which stands still while the machine runs something
+else; two threads are timed by the wall's.
 """
 
 import argparse
@@ -27,6 +28,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 VALUES = ("bf16", "int8", "int4")
 TOKENS = (1, 2, 4, 8, 16, 32, 128, 512)
 THREADS = (1, 2)
+IN_A_ROW, FEW_TOKENS = 8, 32
 Product = Callable[[int, Tensor], object]
 """Of the copy of the weight with this number, and x."""
 
@@ -90,9 +92,15 @@ def _copies(tensor: Tensor, from_memory: float) -> list[Tensor]:
 def _interleaved(products: dict[str, Product], tokens: int, threads: int, repeats: int) -> dict[str, float]:
     x = torch.randn(tokens, SIZE).bfloat16()
     times: dict[str, list[float]] = {name: [] for name in products}
-    for i in range(repeats + 1):
+    copies = IN_A_ROW if tokens <= FEW_TOKENS else 1
+
+    def work(product: Product, turn: int) -> None:
+        for i in range(turn * copies, (turn + 1) * copies):
+            product(i, x)
+
+    for turn in range(repeats + 1):
         for name, product in products.items():
-            times[name].append(_timed(functools.partial(product, i, x), threads))
+            times[name].append(_timed(functools.partial(work, product, turn), threads) / copies)
     return {name: statistics.median(seconds[1:]) * 1e3 for name, seconds in times.items()}
 
 

@@ -27,15 +27,12 @@ struct Int8Halves {
     }
 };
 
-// Tokens up to which two products of a half each are faster than one of a bf16 out of a table.
-constexpr int MOST_HALVES = 2;
-
 // sums += two columns of weights times x. Integers are in the lower halves of 16-bit elements; int8 for more tokens
-// than MOST_HALVES are bf16 already.
+// than one, where two products of a half each take longer than to look a bf16 up, are bf16 already.
 template <int64_t V, int TOKENS, int CHAINS>
 inline void add_pair(__m512 (&sums)[TOKENS][CHAINS], int chain, __m512i weights, const uint16_t* x, int64_t stride,
                      __m512i table) {
-    if (V == INT8 && TOKENS <= MOST_HALVES) {
+    if (V == INT8 && TOKENS == 1) {
         const Int8Halves w(weights);
         for (int t = 0; t < TOKENS; t++) {
             const __m512i xs = broadcast(x + t * stride);
@@ -77,7 +74,7 @@ inline void bitmask_slice(const Product& product, int64_t slice, int64_t token) 
                 const uint64_t mask = load<uint64_t>(masks, i);
                 const __m512i bytes = expand_halves<V>(mask, values);
                 __m512i halves[2] = {bytes, _mm512_srli_epi16(bytes, 8)};
-                if (V == INT8 && TOKENS > MOST_HALVES) int8s.convert(bytes, halves);
+                if (V == INT8 && TOKENS > 1) int8s.convert(bytes, halves);
                 for (int half = 0; half < 2; half++)
                     add_pair<V>(sums, (2 * chain + half) % CHAINS, halves[half], at + 2 * half, stride, table);
                 values += value_bytes<V>(__builtin_popcountll(mask));
