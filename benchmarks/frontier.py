@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from llmcompressor.modifiers.gptq import GPTQModifier
 from matplotlib import pyplot
 from safetensors import safe_open
@@ -30,9 +31,10 @@ from elsa_modifier import MaskedGPTQModifier, save_sparse
 from elsa_modifier.evaluation import perplexity
 
 NAME = "frontier"
-SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9)
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 SCHEMES = ("bf16", "W8A8", "W8A16", "W4A16")
 TITLES = ("C4", "Wikipedia")
+GROUP = 64
 
 
 def _made(sparsity: float, scheme: str, directory: Path) -> dict[str, float]:
@@ -43,11 +45,19 @@ def _made(sparsity: float, scheme: str, directory: Path) -> dict[str, float]:
         model.save_pretrained(directory)
         model.float()
     else:
-        cls = MaskedGPTQModifier if sparsity else GPTQModifier
-        model = quantize(source, cls(scheme=scheme, ignore=["lm_head"]))
+        ours = MaskedGPTQModifier(scheme=scheme, ignore=["lm_head"])
+        model = quantize(source, ours if sparsity else _dense_modifier(scheme))
         model.save_pretrained(directory, save_compressed=True)
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
     return {title: round(perplexity(model, ids), 2) for title, ids in Results(NAME).held_out.items()}
+
+
+def _dense_modifier(scheme: str) -> GPTQModifier:
+    """llm-compressor's own, with groups that divide 576 columns."""
+    preset = preset_name_to_scheme(scheme, ["Linear"])
+    if preset.weights and preset.weights.group_size:
+        preset.weights.group_size = GROUP
+    return GPTQModifier(config_groups={"group_0": preset}, ignore=["lm_head"])
 
 
 def _stored(directory: Path) -> float:

@@ -107,12 +107,14 @@ class Answers:
 
 
 def measure(
-    directory: Path, log: Path, repeats: int, prompt: list[int], *arguments: str
+    directory: Path, log: Path, repeats: int, prompt: list[int], *arguments: str, threads: int = 1
 ) -> tuple[dict[str, Any], Answers]:
     """Serve a directory: speeds, bytes of the linear layers if they are compressed, memory of the server, and what it
     answers."""
     started = time.perf_counter()
-    with serve(directory, log, *arguments) as server:
+    # By itself vLLM takes all cores but one, which it leaves to the process that answers requests.
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    with serve(directory, log, *arguments, environment=cores) as server:
         row: dict[str, Any] = {"start": round(time.perf_counter() - started, 1)}
         row |= {"loaded": server.resident(), "peak": server.resident("VmHWM")}
         if found := _MEMORY.search(server.log):
@@ -121,13 +123,18 @@ def measure(
         return row | _speeds(server, repeats), Answers.of(server, prompt)
 
 
+def _title(row: dict[str, Any]) -> str:
+    threads = row.get("threads", 1)
+    return str(row["model"]) + (f", {threads} threads" if threads > 1 else "")
+
+
 def _page(note: str) -> list[str]:
-    latest = {(row["model"], row["sparsity"], row["weights"]): row for row in read_rows(NAME)}
+    latest = {(_title(row), row["sparsity"], row["weights"]): row for row in read_rows(NAME)}
     lines = [
         "# Pruned models in a vLLM server",
         "",
-        "`python -m benchmarks.serve_sparse`: vLLM on a CPU, bf16, eager, with as many threads as it chooses",
-        "(one where there are two cores). In tokens a second:",
+        "`python -m benchmarks.serve_sparse`: vLLM on a CPU, bf16, eager, with one thread if a title does not say",
+        "otherwise (`--threads`). In tokens a second:",
         f"{_LONG - _SHORT} tokens decoded by 1 sequence and by 8 together, and a prompt of {_PREFILL}.",
         "All three kinds of weights are the same sparse directory, served with `--model-loader-extra-config "
         '\'{"compressed": false}\'`, `true` or `"int8"`.',
@@ -175,6 +182,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--models", nargs="+", choices=("small", "stack"), default=("small", "stack"))
     parser.add_argument("--layers", type=int, default=16, help="of the stack; 405 MB each if dense")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="dense ones first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--page", action="store_true", help="only write the page from what has been measured")
     parser.add_argument("--note", default="", help="a sentence for the page, on the machine that was measured on")
@@ -195,15 +204,19 @@ def main() -> None:
                 about = f"{arguments.layers} layers, random weights, and a vocabulary of {VOCABULARY:,} (not 32,000)."
             for sparsity in arguments.sparsity:
                 sparse = _sparse(make, sparsity, root)
-                dense = None
-                for weights, setting in WEIGHTS.items():
-                    switch = ("--model-loader-extra-config", f'{{"compressed": {setting}}}')
-                    row, answers = measure(sparse, root / "server.log", arguments.repeats, prompt, *switch)
-                    if dense is None:
-                        dense = answers
-                    else:
-                        row |= answers.compared(dense)
-                    append_row(NAME, {"model": title, "sparsity": sparsity, "weights": weights, "about": about} | row)
+                for threads in arguments.threads:
+                    dense = None
+                    what = {"model": title, "threads": threads, "sparsity": sparsity, "about": about}
+                    for weights in arguments.weights:
+                        switch = ("--model-loader-extra-config", f'{{"compressed": {WEIGHTS[weights]}}}')
+                        row, answers = measure(
+                            sparse, root / "server.log", arguments.repeats, prompt, *switch, threads=threads
+                        )
+                        if dense is None:
+                            dense = answers
+                        else:
+                            row |= answers.compared(dense)
+                        append_row(NAME, what | {"weights": weights} | row)
     publish(NAME, _page(arguments.note))
 
 
