@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,4 +129,7 @@ def server_environment(environment: Mapping[str, str] | None = None) -> dict[str
     """The variables that a server here gets, besides ``environment``."""
     # The Makefile has memory kept that is freed, which helps training. No user's server does, and here it is measured.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        # vLLM compiles as it runs, for log-probabilities even where it is told to be eager.
+        inherited["TORCH_COMPILE_DISABLE"] = "1"
     return inherited | _ENVIRONMENT | dict(environment or {})
