@@ -45,19 +45,20 @@ def _made(sparsity: float, scheme: str, directory: Path) -> dict[str, float]:
         model.save_pretrained(directory)
         model.float()
     else:
-        ours = MaskedGPTQModifier(scheme=scheme, ignore=["lm_head"])
-        model = quantize(source, ours if sparsity else _dense_modifier(scheme))
+        ignore = ["lm_head"]
+        modifier = MaskedGPTQModifier(scheme=scheme, ignore=ignore) if sparsity else _dense_modifier(scheme, ignore)
+        model = quantize(source, modifier)
         model.save_pretrained(directory, save_compressed=True)
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
     return {title: round(perplexity(model, ids), 2) for title, ids in Results(NAME).held_out.items()}
 
 
-def _dense_modifier(scheme: str) -> GPTQModifier:
+def _dense_modifier(scheme: str, ignore: list[str]) -> GPTQModifier:
     """llm-compressor's own, with groups that divide 576 columns."""
     preset = preset_name_to_scheme(scheme, ["Linear"])
     if preset.weights and preset.weights.group_size:
         preset.weights.group_size = GROUP
-    return GPTQModifier(config_groups={"group_0": preset}, ignore=["lm_head"])
+    return GPTQModifier(config_groups={"group_0": preset}, ignore=ignore)
 
 
 def _stored(directory: Path) -> float:

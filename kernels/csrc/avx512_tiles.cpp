@@ -15,6 +15,14 @@ constexpr int REGISTER_TOKENS = 8;
 // Columns unpacked at a time, at most; and the most bytes of unpacked weights that are kept for the next panel.
 constexpr int64_t PIECE = 256, KEPT_NBYTES = 4 << 20;
 
+// How a weight's columns are cut.
+struct Pieces {
+    int64_t columns, count, nbytes;  // of a piece, all of them, and of two slices' unpacked piece
+
+    Pieces(const Header& h, int64_t piece)
+        : columns(piece), count((h.columns + piece - 1) / piece), nbytes(2 * piece / TILE_COLUMNS * TILE_NBYTES) {}
+};
+
 // The piece of two slices that is unpacked.
 template <int64_t V, bool SCALED>
 struct Unpacking {
@@ -89,12 +97,12 @@ void multiply_block(Part part, int64_t tokens, Next& next) {
 template <int64_t V, bool SCALED>
 class Group {
 public:
-    Group(const Product& p, int64_t piece_columns, int64_t first, int64_t last, uint8_t* memory, int64_t count)
-        : product(p), piece(piece_columns), start(first), stop(last), weights(memory), places(count), next(*p.weight) {}
+    Group(const Product& p, const Pieces& of, int64_t first, int64_t last, uint8_t* memory, int64_t count)
+        : product(p), pieces(of), start(first), stop(last), weights(memory), places(count), next(*p.weight) {}
 
     void panel(int64_t token, int64_t tokens, uint8_t* sums, int64_t sums_slice) {
         const Packed& p = *product.weight;
-        const int64_t pieces = (p.h.columns + piece - 1) / piece, total = (stop - start + 1) / 2 * pieces;
+        const int64_t total = (stop - start + 1) / 2 * pieces.count;
         const bool fresh = token == 0;
         // So far apart that the steps are spread over all the tokens.
         int64_t apart = BitmaskUnpacking<V, SCALED>::MASK_COLUMNS / 2;
@@ -102,12 +110,13 @@ public:
         if (fresh) begin(0), next.finish();
         for (int64_t number = 0; number < total; number++) {
             if (fresh && number + 1 < total) begin(number + 1);
-            const int64_t slice = start + number / pieces * 2, column = number % pieces * piece;
+            const int64_t slice = slice_of(number), column = column_of(number);
             const bool two = slice + 1 < stop;
             if (column == 0) __builtin_memset(sums, 0, (size_t)(2 * sums_slice));
-            const int64_t tile = column / TILE_COLUMNS, left = product.stride - tile, most = piece / TILE_COLUMNS;
+            const int64_t tile = column / TILE_COLUMNS, left = product.stride - tile,
+                          most = pieces.columns / TILE_COLUMNS;
             const uint8_t* x = (const uint8_t*)product.x + (token / TILE_TOKENS * product.stride + tile) * TILE_NBYTES;
-            Part part{x, place(number), sums, piece_nbytes() / 2, sums_slice, left < most ? left : most, apart - 1, {}};
+            Part part{x, place(number), sums, pieces.nbytes / 2, sums_slice, left < most ? left : most, apart - 1, {}};
             const bool scale = !SCALED && p.h.groups() > 1;
             for (int i = 0; i < 2; i++)
                 part.scales[i] = scale ? scales_of(p, slice + i * two, column / p.h.group_size) : _mm512_set1_ps(1.0f);
@@ -121,57 +130,57 @@ public:
                 part.sums += TILE_NBYTES;
             }
             next.finish();
-            if (number % pieces + 1 < pieces) continue;
+            if (number % pieces.count + 1 < pieces.count) continue;
             for (int i = 0; i <= two; i++) finish(product, slice + i, sums + i * sums_slice, token, tokens);
         }
     }
 
 private:
     const Product& product;
-    int64_t piece, start, stop;
+    Pieces pieces;
+    int64_t start, stop;
     uint8_t* weights;
     int64_t places;
     Unpacking<V, SCALED> next;
 
-    int64_t piece_nbytes() const { return 2 * piece / TILE_COLUMNS * TILE_NBYTES; }
-    uint8_t* place(int64_t number) const { return weights + number % places * piece_nbytes(); }
+    int64_t slice_of(int64_t number) const { return start + number / pieces.count * 2; }
+    int64_t column_of(int64_t number) const { return number % pieces.count * pieces.columns; }
+    uint8_t* place(int64_t number) const { return weights + number % places * pieces.nbytes; }
 
     void begin(int64_t number) {
         const Packed& p = *product.weight;
-        const int64_t pieces = (p.h.columns + piece - 1) / piece;
-        const int64_t slice = start + number / pieces * 2, from = number % pieces * piece;
-        const int64_t columns = from + piece < p.h.columns ? piece : p.h.columns - from;
+        const int64_t slice = slice_of(number), from = column_of(number), left = p.h.columns - from;
+        const int64_t columns = left < pieces.columns ? left : pieces.columns;
         auto values = [&](int64_t of) { return p.values + load<int64_t>(p.value_offsets, of * p.h.segments()); };
         if (from == 0) next.first.enter(slice, 0, values(slice));
         next.first.begin(columns, place(number));
         if (slice + 1 == stop) return;
         if (from == 0) next.second.enter(slice + 1, 0, values(slice + 1));
-        next.second.begin(columns, place(number) + piece_nbytes() / 2);
+        next.second.begin(columns, place(number) + pieces.nbytes / 2);
     }
 };
 
 template <int64_t V, bool SCALED>
 bool in_groups(const Product& product, int64_t first, int64_t last, int64_t piece) {
-    const int64_t pieces = (product.weight->h.columns + piece - 1) / piece;
-    const int64_t piece_nbytes = 2 * piece / TILE_COLUMNS * TILE_NBYTES;
+    const Pieces pieces(product.weight->h, piece);
     const bool keep = product.tokens > PANEL_TOKENS;
     int64_t group = last - first;
     if (keep) {  // An even number of slices that fit.
-        const int64_t fit = KEPT_NBYTES / (pieces * piece_nbytes) * 2;
+        const int64_t fit = KEPT_NBYTES / (pieces.count * pieces.nbytes) * 2;
         group = fit < 2 ? 2 : fit < group ? fit : group;
     }
-    const int64_t places = keep ? (group + 1) / 2 * pieces : 2;
+    const int64_t places = keep ? (group + 1) / 2 * pieces.count : 2;
     const int64_t most = keep ? PANEL_TOKENS : product.tokens;
     const int64_t sums_slice = (most + TILE_TOKENS - 1) / TILE_TOKENS * TILE_NBYTES;
-    uint8_t* memory = (uint8_t*)__builtin_malloc((size_t)(places * piece_nbytes + 2 * sums_slice + 64));
+    uint8_t* memory = (uint8_t*)__builtin_malloc((size_t)(places * pieces.nbytes + 2 * sums_slice + 64));
     if (!memory) return false;
     uint8_t* const weights = memory + (-(uintptr_t)memory & 63);
     for (int64_t slice = first; slice < last; slice += group) {
         const int64_t stop = slice + group < last ? slice + group : last;
-        Group<V, SCALED> of_slices(product, piece, slice, stop, weights, places);
+        Group<V, SCALED> of_slices(product, pieces, slice, stop, weights, places);
         for (int64_t token = 0; token < product.tokens; token += PANEL_TOKENS) {
             const int64_t left = product.tokens - token;
-            of_slices.panel(token, left < PANEL_TOKENS ? left : PANEL_TOKENS, weights + places * piece_nbytes,
+            of_slices.panel(token, left < PANEL_TOKENS ? left : PANEL_TOKENS, weights + places * pieces.nbytes,
                             sums_slice);
         }
     }

@@ -22,6 +22,13 @@ inline Cursor enter(const Packed& p, int64_t slice, int64_t segment, int64_t fir
     return c;
 }
 
+inline __m512i int8_to_bf16(__mmask32 mask, const uint8_t* from) {
+    const __m256i bytes = expand8(mask, from);
+    const __m512i lower = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
+    const __m512i upper = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(upper), _mm512_cvtepi32_ps(lower));
+}
+
 // Columns from `from` to `to` of a slice into whole tiles; SCALED where a row has several scales.
 template <int64_t V, bool SCALED>
 inline void unpack_bitmask(const Packed& p, int64_t slice, Cursor& cursor, int64_t from, int64_t to, uint8_t* out) {
@@ -29,13 +36,6 @@ inline void unpack_bitmask(const Packed& p, int64_t slice, Cursor& cursor, int64
     unpacking.enter(slice, from, cursor.values);
     unpacking.begin(to - from, out);
     cursor.values = unpacking.finish();
-}
-
-inline __m512i int8_to_bf16(__mmask32 mask, const uint8_t* from) {
-    const __m256i bytes = expand8(mask, from);
-    const __m512i lower = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
-    const __m512i upper = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1));
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(upper), _mm512_cvtepi32_ps(lower));
 }
 
 // The same for the window layout, a whole segment.

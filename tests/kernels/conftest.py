@@ -1,5 +1,8 @@
 """Each test that asks for ``isa`` runs with every instruction set that this machine has, and without the library."""
 
+import os
+import shutil
+
 import elsa_kernels
 import pytest
 import torch
@@ -15,6 +18,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def can_build():
+    """Skips the test where the library cannot be built."""
+    compilers = "c++", "g++", "clang++"
+    if not shutil.which("cmake") or not (os.environ.get("CXX") or any(map(shutil.which, compilers))):
+        pytest.skip("there is no cmake or no C++ compiler")
 
 
 @pytest.fixture(params=ISAS)
