@@ -52,7 +52,7 @@ def evaluate(
     endpoint: Annotated[
         str | None, typer.Option(help="Ask a running vLLM instead: http://127.0.0.1:8000.", metavar="URL")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's, or float32 where bf16 is slow.")] = Dtype.auto,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda:1, or auto for all there are.", show_default="the accelerator, or cpu")
     ] = None,

@@ -46,7 +46,9 @@ def sweep(
         list[str] | None, typer.Option(help="Tasks of lm-eval; paper is short for the seven of the paper.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.", min=1)] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What models are judged in; auto: the checkpoint's.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What models are judged in; auto: the checkpoint's, or float32 where bf16 is slow.")
+    ] = Dtype.auto,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Between training checkpoints, if the recipe does not say; 0 makes none.", min=0)
     ] = 10.0,

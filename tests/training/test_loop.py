@@ -7,6 +7,7 @@ from transformers import get_scheduler
 
 from elsa_modifier.admm import ADMMOptimizer, MaskStructure, PenaltySchedule, PrunedWeight
 from elsa_modifier.evaluation import perplexity
+from elsa_modifier.training import precision
 from elsa_modifier.training.data import IGNORED_LABEL, PackedBatches
 from elsa_modifier.training.loop import TrainingDiverged, train
 from elsa_modifier.training.objective import count_targets, next_token_loss
@@ -175,3 +176,15 @@ def test_perplexity_is_exp_of_the_mean_loss_and_leaves_the_mode(load):
     model.train()
     assert perplexity(model, ids, batch_size=3) == pytest.approx(expected, rel=1e-4)
     assert model.training
+
+
+def test_perplexity_of_bf16_weights_is_found_in_fp32_where_bf16_is_not_multiplied(load, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    model = load(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = perplexity(load(dtype=torch.bfloat16).float(), sequences(), precision="fp32")
+    assert perplexity(model, sequences()) == expected
+    after = model.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )

@@ -9,10 +9,12 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 from llmcompressor.utils.dev import get_main_device
+from loguru import logger
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elsa_modifier.pruning.summary import Summary
 from elsa_modifier.saving import HISTORY_FILE
+from elsa_modifier.training.precision import multiplies_bf16
 from elsa_sparse.checkpoint import CONFIG_FILE, read_json
 from elsa_sparse.errors import printable
 from elsa_sparse.opening import is_sparse
@@ -30,7 +32,8 @@ def load_model(
     """A model that computes as its checkpoint says, in evaluation mode.
 
     :param name: directory, dense or sparse, or a name on the hub
-    :param dtype: one of :data:`DTYPES`; ``auto`` is the checkpoint's
+    :param dtype: one of :data:`DTYPES`; ``auto`` is the checkpoint's, but for bf16 on a device that does not multiply
+        it: there it is fp32, or a text would take twenty times as long
     :param compressed: keep sparse weights compressed in memory, on the CPU
     :param device: None is the accelerator, or the CPU if there is none; ``auto`` spreads the model over all there are
     :raises ValueError: if it cannot be loaded
@@ -54,7 +57,15 @@ def load_model(
         raise ValueError(f"{printable(name, 200)} cannot be loaded: {reason}") from error
     model.requires_grad_(False).eval()
     # Accelerate has placed one that is spread, and compressed weights stay where they are.
-    return model if device == "auto" or compressed else model.to(device or get_main_device())
+    if device == "auto" or compressed:
+        return model
+    model = model.to(device or get_main_device())
+    if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bf16(model.device):
+        logger.info(
+            f"{printable(name, 200)} is in bf16, which this {model.device.type.upper()} does not multiply: in fp32."
+        )
+        model = model.float()
+    return model
 
 
 def is_output(directory: Path) -> bool:

@@ -2,8 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -169,25 +168,8 @@ def _measured(model: PreTrainedModel, held_out: Tensor | None, title: str) -> fl
         return None
     remove_dispatch(model)
     place, device = next(model.parameters()).device, get_main_device()
-    if device.type == "cpu":
-        # Many CPUs take several times as long for bf16.
-        with _in_fp32(model):
-            return perplexity(model, held_out, precision="fp32", title=title)
     model.to(device)
     try:
-        return perplexity(model, held_out, title=title)
+        return perplexity(model, held_out, precision="fp32" if device.type == "cpu" else "auto", title=title)
     finally:
         model.to(place)
-
-
-@contextmanager
-def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Parameters in fp32 within the context; bit for bit as they were afterwards."""
-    narrow = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in narrow.items():
-            parameter.data = parameter.data.to(dtype)

@@ -13,8 +13,8 @@ PrecisionField = Literal["auto", "bf16", "fp32"]
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether matrices in bf16 are multiplied as fast as those in fp32.
 
-    A CPU without AVX-512 goes through a loop that takes several times as long; a GPU before compute capability 8.0
-    emulates.
+    A CPU without AVX-512 goes through a loop that takes some twenty times as long; a GPU before compute capability
+    8.0 emulates.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
