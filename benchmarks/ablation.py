@@ -46,11 +46,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "second decay rate 0.99": {"betas": [0.9, 0.99]},
     "second decay rate 0.95": {"betas": [0.9, 0.95]},
 }
+SMALLER_BATCHES = {"half the batch, twice the steps": 2, "a quarter of the batch, four times the steps": 4}
 FACTORS = {"lr / 4": 0.25, "lr / 2": 0.5, "lr x 2": 2.0, "lr x 4": 4.0}
+LABELS = [*VARIANTS, *SMALLER_BATCHES, *FACTORS]
 
 
 def _fields(name: str, model: BenchmarkModel, sparsity: float, steps: int) -> dict[str, Any]:
     fields = {"sparsity": sparsity} | model.budget | {"steps": steps} | VARIANTS.get(name, {})
+    if parts := SMALLER_BATCHES.get(name):
+        fields |= {"steps": steps * parts, "batch_size": model.batch_size // parts}
     if name in FACTORS:
         fields["lr"] = FACTORS[name] * default_learning_rate(steps=steps, width=model.width, sparsity=sparsity)
     return fields
@@ -72,7 +76,7 @@ def write_page() -> None:
         titles = list(MODELS[model].held_out())
         lines += ["", f"## {MODELS[model].title}, {sparsity:.0%}, {steps:,} steps", ""]
         lines += ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
-        for label in [*VARIANTS, *FACTORS]:
+        for label in LABELS:
             found = [row for key, row in sorted(rows.items(), key=str) if key[:4] == (model, sparsity, steps, label)]
             if found:
                 cells = [" / ".join(f"{row[title]:,.2f}" for row in found) for title in titles]
@@ -89,7 +93,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--steps", type=int, help="instead of the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *FACTORS], default=[*VARIANTS, *FACTORS])
+    parser.add_argument("--variants", nargs="+", choices=LABELS, default=LABELS)
     arguments = parser.parse_args()
     model = MODELS[arguments.model]
     steps = arguments.steps or model.steps
