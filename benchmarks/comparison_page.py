@@ -29,7 +29,8 @@ def write_page(rows: list[Row]) -> None:
     lines = [
         "# Methods compared",
         "",
-        "Perplexity on held-out text; in brackets, minutes, of runs that shared two CPU cores with others. "
+        "Perplexity on held-out text; in brackets, minutes, of runs that shared two CPU cores with others, not all of "
+        "the same machine: they computed in bf16 or in fp32, as the processor multiplies. "
         "Every method sees as many tokens of the "
         "same documents. Those that train with a learning rate of their own were run with several (listed below), and "
         "the best counts, marked `<` or `>` where it is the smallest or largest that was tried; ELSA has its defaults. "
