@@ -135,7 +135,7 @@ SMOLLM2 = BenchmarkModel(
 STORIES = BenchmarkModel(
     name="stories260k",
     title="stories260K",
-    text="TinyStories",
+    text="a TinyStories sample of 110,336",
     directory=_stories_directory,
     training_texts=lambda: _dataset(_stories_windows(held_out=False)),
     held_out=lambda: {"TinyStories": _stories_windows(held_out=True)},
