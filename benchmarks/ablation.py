@@ -46,15 +46,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "second decay rate 0.99": {"betas": [0.9, 0.99]},
     "second decay rate 0.95": {"betas": [0.9, 0.95]},
 }
-SMALLER_BATCHES = {"half the batch, twice the steps": 2, "a quarter of the batch, four times the steps": 4}
+HALF_BATCH = "half the batch, twice the steps"
 FACTORS = {"lr / 4": 0.25, "lr / 2": 0.5, "lr x 2": 2.0, "lr x 4": 4.0}
-LABELS = [*VARIANTS, *SMALLER_BATCHES, *FACTORS]
+LABELS = [*VARIANTS, HALF_BATCH, *FACTORS]
 
 
 def _fields(name: str, model: BenchmarkModel, sparsity: float, steps: int) -> dict[str, Any]:
     fields = {"sparsity": sparsity} | model.budget | {"steps": steps} | VARIANTS.get(name, {})
-    if parts := SMALLER_BATCHES.get(name):
-        fields |= {"steps": steps * parts, "batch_size": model.batch_size // parts}
+    if name == HALF_BATCH:
+        fields |= {"steps": 2 * steps, "batch_size": model.batch_size // 2}
     if name in FACTORS:
         fields["lr"] = FACTORS[name] * default_learning_rate(steps=steps, width=model.width, sparsity=sparsity)
     return fields
