@@ -86,7 +86,8 @@ def test_quantized_weights_stay_integers(bits, small_answers):
     [(layers, of, before, after)] = COMPRESSED.findall(answer.log)
     # vLLM computes with 4 bits itself, and gets the layer with hardly a zero back; with 8 bits it does not.
     assert (layers, of) == ("7" if bits == 4 and HAS_AVX512 else "8", "8")
-    assert float(after) < float(before)
+    # A layer with hardly a zero takes more than 4 bits a weight, and that may be all that the others save.
+    assert float(after) < float(before) or (bits == 4 and not HAS_AVX512)
     assert distance(answer.logprobs, small_answers[f"w{bits}a16/dense"].logprobs) < CLOSE
 
 
@@ -103,19 +104,21 @@ def test_without_avx512(small, small_prompt, small_answers, tmp_path):
 @pytest.mark.parametrize("tokens", [13, 40])
 def test_on_a_gpu(tokens, small, small_prompt, tmp_path):
     """Triton's interpreter runs the kernels: of few tokens, and of many."""
-    asked = [
-        (small / "sparse", {"compressed": "gpu"}),
-        (small / "sparse", {}),
-        (small / "w4a16/sparse", {"compressed": "gpu"}),
-    ]
-    compressed, dense, quantized = answers(asked, small_prompt[:tokens], tmp_path, taken_for="gpu")
+    asked = [(small / "sparse", {"compressed": "gpu"}), (small / "sparse", {})]
+    compressed, dense = answers(asked, small_prompt[:tokens], tmp_path, taken_for="gpu")
     assert distance(compressed.logprobs, dense.logprobs) < CLOSE
     [(layers, of, before, after)] = COMPRESSED.findall(compressed.log)
     assert (layers, of) == ("7", "8") and float(after) < float(before) / 3
-    # Nobody has run these kernels on a GPU, so they have to be asked for; integers are vLLM's own there.
-    assert not COMPRESSED.search(dense.log) and not COMPRESSED.search(quantized.log)
+    # Nobody has run these kernels on a GPU, so they have to be asked for.
+    assert not COMPRESSED.search(dense.log)
     [line] = [line for line in dense.log.splitlines() if "Serving the sparse checkpoint" in line]
     assert "INFO" in line and """--model-loader-extra-config '{"compressed": "gpu"}'""" in line
+
+
+@pytest.mark.skipif(not HAS_AVX512, reason="vLLM's own kernel for 4 bits needs AVX-512 on a CPU")
+def test_integers_are_left_to_vllm_on_a_gpu(small, small_prompt, tmp_path):
+    [quantized] = answers([(small / "w4a16/sparse", {"compressed": "gpu"})], small_prompt, tmp_path, taken_for="gpu")
+    assert not COMPRESSED.search(quantized.log)
 
 
 @needs_kernels
