@@ -153,7 +153,7 @@ GEMMA = BenchmarkModel(
     training_texts=lambda: _dataset(_gemma_windows([f"{text}\n\n" for text in training_texts()["text"]])),
     held_out=lambda: {title: _gemma_windows([text])[:24] for title, text in held_out_text().items()},
     steps=64,
-    batch_size=2,
+    batch_size=1,
     sequence_length=512,
     width=640,
 )
