@@ -68,7 +68,7 @@ def write_page() -> None:
         "",
         "Perplexity on held-out text, on each of the seeds. Models, texts and tokens are those of "
         "[compare_methods.md](compare_methods.md). Most rows of stories260K are older than the present default of the "
-        "learning rate, and had 0.88 times as much in 300 steps, 0.78 times in 1,200.",
+        "learning rate, and had 0.88 times as much in 300 steps, 0.66 times in 1,200.",
         "",
         "`python -m benchmarks.ablation --model M --sparsity S [--steps N] [--variants ...] [--seeds ...]` prints and "
         "writes this.",
