@@ -87,7 +87,7 @@ def test_quantized_weights_stay_integers(bits, small_answers):
     # vLLM computes with 4 bits itself, and gets the layer with hardly a zero back; with 8 bits it does not.
     assert (layers, of) == ("7" if bits == 4 and HAS_AVX512 else "8", "8")
     # A layer with hardly a zero takes more than 4 bits a weight, and that may be all that the others save.
-    assert float(after) < float(before) or (bits == 4 and not HAS_AVX512)
+    assert float(after) < float(before) or (bits == 4 and not HAS_AVX512 and after == before)
     assert distance(answer.logprobs, small_answers[f"w{bits}a16/dense"].logprobs) < CLOSE
 
 
